@@ -28,6 +28,7 @@ setup(
                  'Programming Language :: Python :: 3.11', 'Programming Language :: Python :: 3.12', 'Programming Language :: Python :: 3.13'],
     packages=find_packages(include=['homelab_ft', 'homelab_ft.*']),
     package_data={'homelab_ft': ['assets/**/*']},
+    include_package_data=False,   # what package_data says, no more
     python_requires=f">={cfg['min_python']}",
     install_requires=words('requirements'),
     extras_require={extra: words(f'{extra}_requirements') for extra in EXTRAS},

@@ -1,0 +1,225 @@
+"data.near, data.clean: what was planted is found, code and fine text are left alone, seconds for ten thousand rows."
+import itertools, time
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from homelab_ft.core import DataError, Example
+from homelab_ft.data import near
+from homelab_ft.data.clean import CleaningReport, clean, fix_mojibake, strip_html
+from homelab_ft.data.layout import detect_layout, to_examples
+from homelab_ft.data.load import load_rows
+from homelab_ft.data.near import jaccard, near_groups, normalise
+from homelab_ft.data.sample import make_tickets, planted_dirt
+
+SHARED = Path(__file__).resolve().parent.parent.parent / 'shared' / 'data'
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason='the shared data are not here')
+any_text = st.text(st.characters(exclude_categories=['Cs']), max_size=40)
+
+
+def example(prompt, answer='x', label=None, row=0): return Example([{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': answer}], label, row)
+
+
+def tickets(n=1200, seed=0):
+    rows = make_tickets(n, seed)
+    return to_examples(rows, detect_layout(rows))
+
+
+# ---------------------------------------------------------------- text repairs
+
+CODE = ['<|eot_id|>', '<|start_header_id|>user<|end_header_id|>', 'List<String> names', 'std::vector<int> v', 'Map<String, List<P>> m', 'Optional<T>',
+        'Box<b>', 'if a <b and c> d', 'x < 3 && y > 2', '1 << 4 >> 2', 'I <3 you', 'a<i and i>b', '<Button onClick={go}>', '<your name>', '<user@example.com>',
+        '<https://example.com>', '<<48/2=24>>24', '&foo;', 'https://e.com/?a=1&copy=2&lt=3', 'R&D', 'AT&T', 'p <- c(1, 2)', '</thought>', '<think>so</think>']
+
+
+@pytest.mark.parametrize('text', CODE)
+def test_code_is_left_alone(text): assert strip_html(text) == text
+
+
+@pytest.mark.parametrize('dirty, fine', [
+    ('<p>One</p><p>Two</p>', 'One\nTwo'), ('a<br>b<br/>c<BR />d', 'a\nb\nc\nd'), ('<b>bold</b> <I>it</I>', 'bold it'),
+    ('<div class="mail" id=x>Hi</div>', 'Hi'), ('<a href="https://e.com/?a=1&b=2">link</a>', 'link'), ('R&amp;D &lt;3&nbsp;you', 'R&D <3 you'),
+    ('&#8217;&#x2019;', '’’'), ('<td>1</td><td>2</td>', '12'), ('word<span style="x">s</span>', 'words'), ('&lt;p&gt;twice&lt;/p&gt;', 'twice'),
+    ('<p>x &lt; y</p>', 'x < y')])
+def test_remnants_go(dirty, fine): assert strip_html(dirty) == fine
+
+
+@settings(max_examples=200, deadline=None)
+@given(any_text)
+def test_text_without_marks_is_untouched(text):
+    if not set(text) & set('<&'): assert strip_html(text) is text
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text('abcdefghij äöüéñß', min_size=1))
+def test_good_text_has_no_mojibake(text): assert fix_mojibake(text) == text
+
+
+@pytest.mark.parametrize('text', ['It’s', 'Zoë – José', 'naïve café', '“quoted” text…', 'Übergröße'])
+def test_mojibake_is_undone(text):
+    broken = text.encode('utf-8').decode('cp1252', errors='replace')
+    if '\ufffd' not in broken: assert fix_mojibake(broken) == text
+
+
+@pytest.mark.parametrize('messages', [('Write a list in HTML', '<ul><li>a</li></ul>'), ('Fix this', '```\n<p>x</p>\n```'), ('A page', '<!DOCTYPE html><p>x</p>'),
+                                      ('A button in JSX', '<b>x</b>')])
+def test_rows_about_code_keep_their_tags(messages):
+    kept, report = clean([example(*messages, row=1)])
+    assert kept[0].answer == messages[1] and report.rows('html') == []
+
+
+# ---------------------------------------------------------------- the whole cleaning
+
+@pytest.mark.parametrize('seed', range(3))
+def test_planted_dirt_is_found_row_by_row(seed):
+    truth = planted_dirt(1200, seed)
+    kept, report = clean(tickets(seed=seed))
+    for kind in ('mojibake', 'html', 'blank', 'conflict', 'duplicate'): assert report.rows(kind) == truth[kind], kind
+    found = report.rows('near_duplicate')
+    assert set(truth['near_duplicate']) <= set(found) and len(found) - len(truth['near_duplicate']) < 12
+    assert report.rows_out == len(kept) == len(report.groups) == 1200 - sum(len(truth[k]) for k in ('blank', 'conflict', 'duplicate'))
+    assert not set(e.row for e in kept) & set(truth['blank'] + truth['conflict'] + truth['duplicate'])
+
+
+def test_given_examples_are_not_changed():
+    examples = tickets(300)
+    before = deepcopy(examples)
+    clean(examples)
+    assert examples == before
+
+
+def test_cleaning_twice_finds_nothing():
+    kept, report = clean(tickets())
+    again, second = clean(kept)
+    assert again == kept and second.groups == report.groups
+    assert [f.count for f in second.findings if f.kind != 'near_duplicate'] == [0] * 5
+
+
+def test_rows_are_counted_once_per_kind():
+    rows = [example('<p>Ã©</p> <b>Ã©</b>', '<i>Ã©</i>', row=1)] + [example('same', 'b', row=i) for i in (2, 3, 4)]
+    _, report = clean(rows)
+    assert (report.rows('mojibake'), report.rows('html'), report.rows('duplicate')) == ([1], [1], [3, 4])
+
+
+def test_html_that_hides_a_blank_or_a_duplicate():
+    kept, report = clean([example('<br>&nbsp;', row=1), example('<p>Hi</p>', row=2), example('hi', row=3)])
+    assert ([e.row for e in kept], report.rows('blank'), report.rows('duplicate')) == ([2], [1], [3])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(['p', 'q', 'P ']), st.sampled_from(['a', 'b', 'c'])), min_size=1, max_size=12))
+def test_conflicts_follow_the_strict_majority(pairs):
+    examples = [example(p, l, l, i) for i, (p, l) in enumerate(pairs, 1)]
+    wanted = set()
+    for prompt in ('p', 'q'):
+        labels = [l for p, l in pairs if p.strip().lower() == prompt]
+        wanted |= {(prompt, l) for l in set(labels) if 2 * labels.count(l) > len(labels)}
+    if not wanted:
+        with pytest.raises(DataError, match='no example is left'): clean(examples)
+    else:
+        kept, _ = clean(examples)
+        assert {(e.prompt.strip().lower(), e.label) for e in kept} == wanted and len(kept) == len(wanted)
+
+
+def test_answers_may_differ_where_there_are_no_classes():
+    kept, report = clean([example('Tell a joke', 'one'), example('Tell a joke', 'two')])
+    assert len(kept) == 2 and report.rows('conflict') == [] and report.groups == [0, 0]
+
+
+def test_a_system_prompt_is_no_question():
+    messages = [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': ' '}, {'role': 'assistant', 'content': 'a'}]
+    with pytest.raises(DataError, match='1 blank'): clean([Example(messages, row=1)])
+
+
+def test_report_shows_rows_and_escapes():
+    report = clean(tickets())[1]
+    assert '48' in str(report) and 'Cleaning: 1200 rows in, 1128 out' in str(report)
+    assert '<table' in report._repr_html_() and report._repr_markdown_().count('\n|') == 8
+    assert CleaningReport(0).groups == []
+
+
+# ---------------------------------------------------------------- near duplicates
+
+def brute(texts, threshold=0.7):
+    "All pairs at or above the threshold, by comparing every two texts."
+    row, number = near._without_common(*near._all_shingles([normalise(t) for t in texts]), len(texts))
+    sets = [set(number[row == i].tolist()) for i in range(len(texts))]
+    return {(i, j) for i, j in itertools.combinations(range(len(texts)), 2) if jaccard(sets[i], sets[j]) >= threshold}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(any_text, max_size=8))
+def test_shingles_are_the_pieces_of_five(texts):
+    if not texts: return
+    normal = [normalise(t) for t in texts]
+    row, number = near._all_shingles(normal)
+    pieces = [{t.ljust(5)[i:i + 5] for i in range(len(t.ljust(5)) - 4)} for t in normal]
+    assert np.bincount(row, minlength=len(texts)).tolist() == [len(p) for p in pieces]
+    sets = [set(number[row == i].tolist()) for i in range(len(texts))]
+    for (a, pa), (b, pb) in itertools.combinations(zip(sets, pieces), 2): assert jaccard(a, b) == jaccard(pa, pb)
+
+
+@pytest.mark.parametrize('seed', range(2))
+def test_all_pairs_are_found_and_no_other(seed):
+    texts = [e.prompt for e in clean(tickets(400, seed))[0]]
+    groups, pairs = near_groups(texts), brute(texts)
+    assert all(groups[i] == groups[j] for i, j in pairs)
+    assert groups == near.connected(len(texts), pairs)
+
+
+def test_crowded_bands():
+    texts = [f'the very same letter to the whole street, and to everybody in it, number {i}' for i in range(300)]
+    assert set(near_groups(texts[:10])) == {0}
+    assert len(set(near_groups(texts + [f'{i * 7919:09d} {i * 104729:09d} nothing' for i in range(400)]))) >= 400
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(any_text, max_size=12))
+def test_groups_are_named_by_their_first(texts):
+    groups = near_groups(texts)
+    assert all(g <= i and groups[g] == g for i, g in enumerate(groups))
+    assert all(groups[i] == groups[j] for i, j in itertools.combinations(range(len(texts)), 2) if normalise(texts[i]) == normalise(texts[j]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 20).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)), max_size=25))))
+def test_connected_is_reachability(case):
+    n, pairs = case
+    reach = np.eye(n, dtype=bool)
+    for i, j in pairs: reach[i, j] = reach[j, i] = True
+    for _ in range(n): reach = reach @ reach
+    assert near.connected(n, pairs) == [int(np.flatnonzero(r)[0]) for r in reach]
+
+
+def test_shared_frame_does_not_make_texts_alike():
+    frame = 'You are a careful assistant who sorts letters into drawers, and never says more than a word. '
+    words = 'apple river stone cloud window garden bridge letter copper winter summer lantern'.split()
+    texts = [f'{frame}{a} {b}' for a, b in itertools.permutations(words, 2)]
+    assert len(set(near_groups(texts))) > len(texts) // 4
+    assert set(near_groups([frame + 'x', frame + 'y'])) == {0}      # two texts are too few to know what is common
+
+
+def test_ten_thousand_rows_take_seconds():
+    kept = clean(tickets())[0]
+    many = [example(f'{e.prompt} {i * 7919} {e.answer} {i}', e.answer, e.label, i) for i in range(9) for e in kept]
+    started = time.perf_counter()
+    clean(many)
+    assert time.perf_counter() - started < 60      # seconds on an idle machine
+
+
+@needs_shared
+def test_banking77():
+    rows = load_rows(SHARED / 'classify' / 'banking77' / 'train.csv')
+    kept, report = clean(to_examples(rows, detect_layout(rows)))
+    assert (len(kept), report.rows('html'), report.rows('mojibake'), report.rows('blank')) == (9999, [], [], [])
+    assert 300 < len(report.rows('near_duplicate')) < 1500
+
+
+@needs_shared
+def test_gsm8k_is_left_alone():
+    rows = load_rows(SHARED / 'instruct' / 'gsm8k' / 'train.jsonl')
+    examples = to_examples(rows, detect_layout(rows))
+    assert clean(examples)[0] == examples

@@ -1,0 +1,275 @@
+"data.load, data.layout: every format round-trips, every kind of bad file gets one clear message."
+import csv, io, json, os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from homelab_ft.core import DataError, make_config
+from homelab_ft.data.layout import Layout, detect_layout, to_examples
+from homelab_ft.data.load import load_rows
+
+SHARED = Path(__file__).resolve().parent.parent.parent / 'shared' / 'data'
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason='the shared data are not here')
+ROWS = [{'text': f'text, "{i}"\nsecond line é', 'label': 'ab'[i % 2]} for i in range(9)]
+texts = st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\r\x00'), max_size=30)
+
+
+def refused(path, *words, **kwargs):
+    "The message of the DataError that loading `path` raises; it must hold every word."
+    with pytest.raises(DataError) as e: load_rows(path, **kwargs)
+    message = str(e.value)
+    assert all(w in message for w in words), message
+    assert 'next step' in message
+    return message
+
+
+# ---------------------------------------------------------------- formats
+
+@pytest.mark.parametrize('separator', [',', ';', '\t'])
+@pytest.mark.parametrize('newline', ['\n', '\r\n'])
+def test_csv_dialects(tmp_path, separator, newline):
+    out = io.StringIO()
+    writer = csv.DictWriter(out, ['text', 'label'], delimiter=separator, lineterminator=newline)
+    writer.writeheader(); writer.writerows(ROWS)
+    (tmp_path / 'a.csv').write_bytes(out.getvalue().encode('utf-8'))
+    assert load_rows(tmp_path / 'a.csv') == ROWS
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.fixed_dictionaries({'text': texts, 'label': texts}), min_size=1, max_size=8))
+def test_csv_round_trip(tmp_path_factory, rows):
+    out = io.StringIO()
+    writer = csv.DictWriter(out, ['text', 'label'], lineterminator='\n')
+    writer.writeheader(); writer.writerows(rows)
+    path = tmp_path_factory.mktemp('csv') / 'a.csv'
+    path.write_bytes(out.getvalue().encode('utf-8'))
+    wanted = [r for r in rows if r['text'].strip() or r['label'].strip()]
+    if wanted: assert load_rows(path) == wanted
+    else: refused(path, 'no rows')
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.dictionaries(st.text(st.characters(exclude_categories=['Cs']), min_size=1, max_size=5), texts, min_size=1), min_size=1, max_size=6))
+def test_json_round_trips(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp('json')
+    for ascii in (True, False):
+        (folder / 'a.jsonl').write_text('\n'.join(json.dumps(r, ensure_ascii=ascii) for r in rows), encoding='utf-8', newline='')
+        (folder / 'a.json').write_text(json.dumps(rows, ensure_ascii=ascii), encoding='utf-8', newline='')
+        assert load_rows(folder / 'a.jsonl') == rows
+        assert load_rows(folder / 'a.json') == rows
+
+
+def test_line_separators_inside_json_text(tmp_path):
+    row = {'text': 'a\u2028b\x85c'}
+    (tmp_path / 'a.jsonl').write_text(json.dumps(row, ensure_ascii=False) + '\n', encoding='utf-8', newline='')
+    assert load_rows(tmp_path / 'a.jsonl') == [row]
+
+
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16', 'cp1252'])
+def test_encodings(tmp_path, encoding):
+    (tmp_path / 'a.csv').write_bytes('text,label\nCafé,a\n'.encode(encoding))
+    assert load_rows(tmp_path / 'a.csv', encoding='utf-8' if encoding == 'utf-8-sig' else encoding) == [{'text': 'Café', 'label': 'a'}]
+
+
+def test_parquet_and_saved_folders(tmp_path):
+    import datasets, pyarrow, pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / 'a.parquet')
+    assert load_rows(tmp_path / 'a.parquet') == ROWS
+    classes = datasets.Features({'text': datasets.Value('string'), 'label': datasets.ClassLabel(names=['a', 'b'])})
+    saved = datasets.Dataset.from_list(ROWS, features=classes)
+    saved.to_parquet(tmp_path / 'b.parquet')
+    saved.save_to_disk(tmp_path / 'one')
+    datasets.DatasetDict(train=saved, test=saved.select([0])).save_to_disk(tmp_path / 'parts')
+    datasets.DatasetDict(x=saved, y=saved).save_to_disk(tmp_path / 'xy')
+    for name in ('b.parquet', 'one', 'parts'): assert load_rows(tmp_path / name) == ROWS
+    refused(tmp_path / 'xy', 'several parts', 'x, y')
+
+
+# ---------------------------------------------------------------- bad files
+
+def test_missing_file_suggests_its_neighbour(tmp_path):
+    (tmp_path / 'train.csv').write_text('a,b\n1,2\n')
+    refused(tmp_path / 'trian.csv', 'no such file', 'did you mean train.csv?')
+    refused(tmp_path / 'no' / 'where.csv', 'no such file')
+
+
+@pytest.mark.parametrize('name', ['a.csv', 'a.tsv', 'a.json', 'a.jsonl', 'a.parquet'])
+def test_empty_files(tmp_path, name):
+    (tmp_path / name).write_bytes(b'')
+    refused(tmp_path / name, 'is empty')
+    if name != 'a.parquet':
+        (tmp_path / name).write_bytes(b'\xef\xbb\xbf \n\n')
+        refused(tmp_path / name, 'is empty')
+
+
+@pytest.mark.parametrize('name, content', [('a.csv', 'text,label\n'), ('a.json', '[]'), ('a.json', '{"data": []}')])
+def test_no_rows(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    refused(tmp_path / name, 'no rows')
+
+
+def test_wrong_encoding_names_byte_line_and_setting(tmp_path):
+    (tmp_path / 'a.csv').write_bytes('text,label\nok,a\nCafé,b\n'.encode('cp1252'))
+    refused(tmp_path / 'a.csv', 'byte 19 (line 3)', '0xe9', 'encoding=cp1252')
+    (tmp_path / 'b.csv').write_bytes('text,label\nok,a\n'.encode('utf-16'))
+    refused(tmp_path / 'b.csv', 'byte 0 (line 1)', 'encoding=utf-16')
+    refused(tmp_path / 'a.csv', 'unknown encoding', encoding='utf-99')
+
+
+@pytest.mark.parametrize('content, words', [
+    ('text,label\nok,a\none,two,three\n', ['line 3', '3 fields', '2 fields']),
+    ('text,label\n"two\nlines",a\nshort\n', ['line 4', '1 fields']),
+    ('text,label,text\na,b,c\n', ['same name', 'text']),
+    ('text,label\n"never closed,a\nb,c\n', ['broken CSV', 'quote']),
+    ('text,label\n"a"b,c\n', ['line 2', 'broken CSV']),
+    ('text,label\n"' + 'x' * 200_000 + '",a\n', ['broken CSV', 'field larger'])])
+def test_bad_csv(tmp_path, content, words):
+    (tmp_path / 'a.csv').write_text(content)
+    refused(tmp_path / 'a.csv', *words)
+
+
+@pytest.mark.parametrize('name, content, words', [
+    ('a.jsonl', '{"a": 1}\n\n{"a": \n', ['line 3', 'broken JSON']),
+    ('a.jsonl', '{"a": 1}\n[1]\n', ['line 2', 'no JSON object']),
+    ('a.json', '[{"a": 1},\n{"a" 2}]', ['line 2', 'broken JSON']),
+    ('a.json', '{"a": 1}\n{"a" 2}', ['line 2', 'broken JSON']),
+    ('a.json', '[1, 2]', ['no rows', 'list of objects']),
+    ('a.json', '"text"', ['list of objects'])])
+def test_bad_json(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    refused(tmp_path / name, *words)
+
+
+def test_other_bad_things(tmp_path):
+    for name in ('a.xlsx', 'a.csv.gz', 'noending'):
+        (tmp_path / name).write_bytes(b'PK')
+        refused(tmp_path / name, 'this kind of file', '.jsonl')
+    (tmp_path / 'a.parquet').write_bytes(b'PAR1 no')
+    refused(tmp_path / 'a.parquet', 'no readable Parquet')
+    refused(tmp_path, 'no saved dataset')
+
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may read everything')
+def test_no_permission(tmp_path):
+    (tmp_path / 'a.csv').write_text('a,b\n1,2\n')
+    (tmp_path / 'a.csv').chmod(0)
+    refused(tmp_path / 'a.csv', 'Permission denied')
+
+
+def test_failing_disk(tmp_path, monkeypatch):
+    (tmp_path / 'a.csv').write_text('a,b\n1,2\n')
+    def fails(self): raise OSError(5, 'Input/output error')
+    monkeypatch.setattr(Path, 'read_bytes', fails)
+    refused(tmp_path / 'a.csv', 'Input/output error')
+
+
+# ---------------------------------------------------------------- drawing rows
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 60), k=st.integers(1, 80), seed=st.integers(0, 1000))
+def test_draw(tmp_path_factory, n, k, seed):
+    path = tmp_path_factory.mktemp('draw') / 'a.jsonl'
+    path.write_text('\n'.join(json.dumps({'i': i}) for i in range(1, n + 1)))
+    rows = load_rows(path, max_rows=k, seed=seed)
+    numbers = [r.number for r in rows]
+    assert len(rows) == min(n, k) and numbers == sorted(set(numbers)) == [r['i'] for r in rows]
+    assert rows == load_rows(path, max_rows=k, seed=seed)
+
+
+# ---------------------------------------------------------------- layouts
+
+@pytest.mark.parametrize('row, kind, columns', [
+    ({'messages': [{'role': 'user', 'content': 'a'}]}, 'conversational', {'messages_column': 'messages'}),
+    ({'id': '1', 'conversations': [{'from': 'human', 'value': 'a'}]}, 'conversational', {'messages_column': 'conversations'}),
+    ({'instruction': 'a', 'input': '', 'output': 'b'}, 'instruction', {'prompt_column': 'instruction', 'completion_column': 'output', 'input_column': 'input'}),
+    ({'instruction': 'a', 'context': '', 'response': 'b', 'category': 'c'}, 'instruction', {'completion_column': 'response', 'left_out': ['category']}),
+    ({'Question': 'a', 'Answer': 'b'}, 'prompt_completion', {'prompt_column': 'Question', 'completion_column': 'Answer'}),
+    ({'prompt': 'a', 'completion': 'b'}, 'prompt_completion', {'prompt_column': 'prompt', 'completion_column': 'completion'}),
+    ({'text': 'a', 'category': 'b'}, 'classification', {'text_columns': ['text'], 'label_column': 'category'}),
+    ({'': '', 'review': 'a', 'label': 1}, 'classification', {'text_columns': ['review'], 'label_column': 'label'})])
+def test_detection(row, kind, columns):
+    layout = detect_layout([row])
+    assert layout.kind == kind
+    for name, value in columns.items(): assert getattr(layout, name) == value
+
+
+def test_class_by_repetition_only_if_there_is_one():
+    rows = [{'note': f'note {i}', 'queue': 'ab'[i % 2], 'floor': 'xy'[i % 2]} for i in range(12)]
+    with pytest.raises(DataError, match='cannot be told'): detect_layout(rows)
+    assert detect_layout([{k: r[k] for k in ('note', 'queue')} for r in rows]).label_column == 'queue'
+    assert detect_layout(rows, make_config(label_column='floor')).text_columns == ['note', 'queue']
+
+
+@pytest.mark.parametrize('settings_, words', [
+    (dict(label_column='teem'), ['label_column', 'teem', 'did you mean team?']),
+    (dict(text_columns=['body', 'subjekt']), ['text_columns', 'subjekt', 'did you mean subject?']),
+    (dict(prompt_column='zzz'), ['prompt_column', 'zzz', 'subject, body, team']),
+    (dict(layout='conversational'), ['(conversational)', 'subject, body, team', 'messages_column']),
+    (dict(prompt_column='body'), ['(prompt_completion)', 'completion_column'])])
+def test_settings_that_do_not_fit(settings_, words):
+    with pytest.raises(DataError) as e: detect_layout([{'subject': 'a', 'body': 'b', 'team': 'c'}], make_config(**settings_))
+    assert all(w in str(e.value) for w in words), str(e.value)
+
+
+def test_detected_columns_fit_back_into_the_settings():
+    rows = [{'subject': 'a', 'body': 'b', 'team': 'c', 'id': 5}]
+    first = detect_layout(rows)
+    config = make_config(layout=first.kind, text_columns=first.text_columns, label_column=first.label_column)
+    assert detect_layout(rows, config) == first
+
+
+# ---------------------------------------------------------------- examples
+
+TURNS = {'conversations': [{'from': 'system', 'value': 's'}, {'from': 'human', 'value': 'q'}, {'from': 'gpt', 'value': 'a'}]}
+
+
+def test_conversations():
+    layout = Layout('conversational', messages_column='conversations')
+    [e] = to_examples([TURNS], layout, system_prompt='other')
+    assert [m['role'] for m in e.messages] == ['system', 'user', 'assistant'] and e.messages[0]['content'] == 's'
+    assert to_examples([{'conversations': json.dumps(TURNS['conversations'])}], layout)[0].messages == e.messages
+    for empty in ([], None, '', [{'from': 'human', 'value': 'q'}]): assert to_examples([{'conversations': empty}], layout)[0].answer == ''
+
+
+@pytest.mark.parametrize('cell, words', [
+    ([{'role': 'tool', 'content': 'x'}], ['row 2', 'unknown role', 'tool']),
+    ([{'role': None, 'content': 'x'}], ['row 2', 'unknown role']),
+    (['text'], ['row 2', 'no object']),
+    ('{not json', ['row 2', 'neither a list nor JSON of one']),
+    (7, ['row 2', 'neither a list nor JSON of one']),
+    ('7', ['row 2', 'neither a list nor JSON of one'])])
+def test_bad_conversations(cell, words):
+    rows = [{'messages': [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]}, {'messages': cell}]
+    with pytest.raises(DataError) as e: to_examples(rows, detect_layout(rows))
+    assert all(w in str(e.value) for w in words), str(e.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.fixed_dictionaries({'a': st.one_of(st.none(), texts, st.integers()), 'b': texts, 'y': texts}), min_size=1, max_size=5))
+def test_classification_examples(rows):
+    layout = Layout('classification', text_columns=['a', 'b'], label_column='y')
+    examples = to_examples(rows, layout)
+    assert [e.row for e in examples] == list(range(1, len(rows) + 1))
+    for row, e in zip(rows, examples):
+        assert [m['role'] for m in e.messages] == ['user', 'assistant']
+        assert e.label == e.answer == row['y'].strip()
+        blank = not any(str(row[c]).strip() for c in 'ab' if row[c] is not None)
+        assert (e.prompt == '') == blank
+
+
+def test_rows_keep_their_number_when_drawn(tmp_path):
+    (tmp_path / 'a.csv').write_text('text,label\n' + ''.join(f'text {i},a\n' for i in range(1, 51)))
+    rows = load_rows(tmp_path / 'a.csv', max_rows=10)
+    examples = to_examples(rows, detect_layout(rows))
+    assert all(e.prompt.startswith(f'text {e.row}\n') for e in examples)
+
+
+@needs_shared
+def test_real_files():
+    rows = load_rows(SHARED / 'classify' / 'banking77' / 'train.csv')
+    layout = detect_layout(rows)
+    assert (len(rows), layout.kind, layout.text_columns, layout.label_column) == (10003, 'classification', ['text'], 'category')
+    assert len({e.label for e in to_examples(rows, layout)}) == 77
+    rows = load_rows(SHARED / 'instruct' / 'gsm8k' / 'train.jsonl')
+    assert (len(rows), detect_layout(rows).kind) == (7473, 'prompt_completion')

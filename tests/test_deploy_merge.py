@@ -1,0 +1,119 @@
+"Merging: the numbers, the folder, and what happens when it cannot be written."
+import json, os, shutil
+import numpy as np, pytest, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from homelab_ft.core import DataError, HardwareError, RunError, embedded_model, make_config
+from homelab_ft.data.chat import load_tokenizer
+from homelab_ft.deploy import merge as merging
+from homelab_ft.deploy.merge import merge, parity, stored_dtype
+from homelab_ft.files import write_atomic
+from homelab_ft.train.lora import attach_lora, load_adapter, save_adapter
+from homelab_ft.train.quantize import load_base
+from homelab_ft.train.watch import create_run
+
+TALK = [{'role': 'user', 'content': 'Who goes there?'}, {'role': 'assistant', 'content': 'A friend.'}]
+IDS = torch.tensor([[0, 50, 60, 70, 80]])
+
+def make_run(folder, name='r', **settings):
+    run = create_run(make_config(run_name=name, lora_r=4, max_new_tokens=8, **settings), folder)
+    config = run.config()
+    model = attach_lora(load_base(config.model, config.method, bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant), config)
+    torch.manual_seed(0)
+    for key, p in model.named_parameters():
+        if 'lora_B' in key: p.data.normal_(0, 0.02)
+    save_adapter(model, run.adapter_path)
+    write_atomic(run.data_path / 'test_examples.jsonl', json.dumps({'messages': TALK, 'label': None, 'row': 1}) + '\n')
+    return run, model.eval()
+
+def logits(model):
+    with torch.inference_mode(): return model(IDS).logits.float()
+
+def test_merged_weights_are_the_sum_rounded_once(tmp_path):
+    run, model = make_run(tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(merge(run))
+    base = load_base('embedded', dtype='float32')
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    delta = layer.lora_B['default'].weight @ layer.lora_A['default'].weight * layer.scaling['default']
+    expected = (base.model.layers[0].mlp.up_proj.weight + delta).bfloat16()
+    assert torch.equal(merged.model.layers[0].mlp.up_proj.weight, expected)
+    assert torch.equal(merged.model.embed_tokens.weight, base.model.embed_tokens.weight.bfloat16())
+
+def test_a_float32_checkpoint_stays_float32_and_exact(tmp_path):
+    source = tmp_path / 'model'
+    load_base('embedded', dtype='float32').save_pretrained(source)
+    load_tokenizer('embedded').save_pretrained(source)
+    assert stored_dtype(str(source)) == 'float32'
+    run, model = make_run(tmp_path, model=str(source))
+    merged = AutoModelForCausalLM.from_pretrained(merge(run))
+    assert merged.dtype == torch.float32
+    torch.testing.assert_close(logits(merged), logits(model), atol=1e-4, rtol=0)
+
+@pytest.mark.parametrize('double', [True, False])
+def test_qlora_merges_into_the_dequantized_weights(tmp_path, double):
+    run, model = make_run(tmp_path, method='qlora', bnb_4bit_use_double_quant=double)
+    in_memory = load_adapter(merging._plain_base(run.config()), run.adapter_path).merge_and_unload()
+    torch.testing.assert_close(logits(in_memory), logits(model), atol=1e-3, rtol=0)
+    config = json.loads((merge(run) / 'config.json').read_text())
+    assert 'quantization_config' not in config and config['dtype'] == 'bfloat16'
+    assert parity(run, progress=False).passed
+
+def test_adapter_on_some_layers_only(tmp_path):
+    run, _ = make_run(tmp_path, target_modules=['q_proj', 'v_proj'], method='qlora')
+    merge(run)
+    assert parity(run, progress=False).passed
+
+def test_the_folder_is_plain_and_says_nothing_about_this_machine(tmp_path):
+    out = merge(make_run(tmp_path)[0], tmp_path / 'elsewhere' / 'model')
+    assert {p.suffix for p in out.iterdir()} <= {'.json', '.jinja', '.safetensors'}
+    for p in out.glob('*.json'): assert str(embedded_model().parent) not in p.read_text() and str(tmp_path) not in p.read_text()
+    tok = AutoTokenizer.from_pretrained(out)
+    assert tok.apply_chat_template(TALK, tokenize=False) == load_tokenizer('embedded').apply_chat_template(TALK, tokenize=False)
+    assert [p.name for p in out.parent.iterdir()] == ['model']
+
+def test_a_template_from_a_file_travels_with_the_model(tmp_path):
+    template = tmp_path / 'mine.jinja'
+    template.write_text((embedded_model() / 'chat_template.jinja').read_text().replace("'\\n\\n'", "'\\n'").replace('\\n\\n', '\\n'))
+    run, _ = make_run(tmp_path, chat_template=str(template))
+    out = merge(run)
+    assert AutoTokenizer.from_pretrained(out).chat_template == template.read_text()
+    assert parity(run, progress=False).passed
+
+def test_nothing_is_overwritten(tmp_path):
+    run, _ = make_run(tmp_path)
+    run.merged_path.mkdir()
+    (run.merged_path / 'mine.txt').write_text('keep')
+    with pytest.raises(RunError, match='nothing is overwritten'): merge(run)
+    assert [p.name for p in run.merged_path.iterdir()] == ['mine.txt']
+
+def test_a_folder_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
+    run, _ = make_run(tmp_path)
+    plain = merging._merged_model
+    def slow(*args):
+        run.merged_path.mkdir()
+        (run.merged_path / 'mine.txt').write_text('keep')
+        return plain(*args)
+    monkeypatch.setattr(merging, '_merged_model', slow)
+    with pytest.raises(RunError, match='appeared meanwhile'): merge(run)
+    assert [p.name for p in run.merged_path.iterdir()] == ['mine.txt']
+
+@pytest.mark.parametrize('what', ['save_file', 'rename'])
+def test_a_failed_write_leaves_no_folder(tmp_path, monkeypatch, what):
+    run, _ = make_run(tmp_path)
+    before = sorted(p.name for p in run.path.iterdir())
+    def full(*args, **kwargs): raise OSError(28, 'No space left on device')
+    if what == 'rename': monkeypatch.setattr(os, 'rename', full)
+    else: monkeypatch.setattr('transformers.modeling_utils.safe_save_file', full)
+    with pytest.raises(OSError): merge(run)
+    assert sorted(p.name for p in run.path.iterdir()) == before
+
+def test_no_space_is_said_before_writing(tmp_path, monkeypatch):
+    run, _ = make_run(tmp_path)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(100, 100, 0))
+    with pytest.raises(HardwareError, match='disk space'): merge(run)
+    assert not run.merged_path.exists()
+
+def test_parity_needs_rows(tmp_path):
+    run, _ = make_run(tmp_path)
+    merge(run)
+    (run.data_path / 'test_examples.jsonl').write_text('')
+    with pytest.raises(DataError, match='no test rows'): parity(run)

@@ -1,0 +1,339 @@
+"""Checks of the whole house: directives, import graph, style, site, dependencies, stray paths.
+
+Every check is a pure function from text to a list of complaints; an empty list means "fine".
+`python tools/check_house.py` runs them on this repository; tests/test_house.py also runs them on bad inputs.
+"""
+import ast, json, re, statistics, subprocess, sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = 'homelab_ft'
+
+# ---------------------------------------------------------------- notebooks
+
+
+def notebooks(root):
+    "All notebooks of the project, as paths relative to `nbs/`, the way nbdev finds them."
+    nbs = Path(root) / 'nbs'
+    found = (p.relative_to(nbs) for p in nbs.rglob('*.ipynb'))
+    return sorted(p.as_posix() for p in found if not any(part[0] in '._' for part in p.parts))
+
+
+def read_cells(path):
+    "Cells of a notebook as `(type, source)` pairs."
+    cells = json.loads(Path(path).read_text(encoding='utf-8'))['cells']
+    return [(c['cell_type'], ''.join(c['source'])) for c in cells]
+
+
+# ---------------------------------------------------------------- directives
+
+PLAIN_DIRECTIVES = {'default_exp', 'export', 'exporti', 'hide', 'notest', 'gpu', 'slow'}
+QUARTO_DIRECTIVES = {'echo': {'true', 'false'}, 'output': {'true', 'false', 'asis'}, 'code-fold': {'true', 'false', 'show'}}
+SKIPPED = {'notest', 'gpu', 'slow'}
+_directive = re.compile(r'^\s*#\s*\|\s*(.*)$')
+_barless = re.compile(r'^#\s*(default_exp\s+[\w.]+|exporti?|hide|notest|gpu|slow)\s*$')
+
+
+def cell_directives(source):
+    "`(directives, body)` of a code cell: the leading `#|` lines without their mark, and all other lines."
+    lines = source.splitlines()
+    n = next((i for i, line in enumerate(lines) if line.strip() and not _directive.match(line)), len(lines))
+    return [_directive.match(line)[1].strip() for line in lines[:n] if line.strip()], lines[n:]
+
+
+def directive_name(text):
+    "`'echo: false'` -> `'echo'`"
+    return re.split(r'[:\s]', text, maxsplit=1)[0]
+
+
+def _check_directive(text):
+    "A complaint about one directive, or None."
+    name, _, rest = re.match(r'([\w-]*)(:?)\s*(.*)', text).groups()
+    if name in QUARTO_DIRECTIVES:
+        return None if re.fullmatch(rf'{name}:\s*({"|".join(QUARTO_DIRECTIVES[name])})', text) else f'`#| {text}` has no known value'
+    if name not in PLAIN_DIRECTIVES: return f'`#| {text}` is no directive of this project'
+    wanted = r'default_exp [a-z][a-z0-9_.]*' if name == 'default_exp' else name
+    return None if re.fullmatch(wanted, text) else f'`#| {text}` should read `#| {wanted}`'
+
+
+_harmless = (ast.Import, ast.ImportFrom, ast.Assign)
+
+
+def _has_import(tree): return any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(tree))
+
+
+def _parse(lines):
+    "Syntax tree of a cell; line magics and shell lines become `pass`."
+    return ast.parse('\n'.join(re.sub(r'^(\s*)[%!].*', r'\1pass', line) for line in lines))
+
+
+def check_directives(cells):
+    """Complaints about the directives in the cells of one notebook.
+
+    A misspelt directive is silently taken for a comment, so the cell runs or ships unnoticed. The documentation build
+    runs every cell that holds an import, whatever else stands there, so imports stand in exported cells, alone, or beside assignments.
+    """
+    complaints = []
+    for i, source in ((i, s) for i, (kind, s) in enumerate(cells) if kind == 'code'):
+        directives, body = cell_directives(source)
+        complaints += [f'cell {i}: {c}' for c in map(_check_directive, directives) if c]
+        complaints += [f'cell {i}: `{line.strip()}` stands below code, where nbdev does not read it' for line in body if re.match(r'^\s*#\s*\|', line)]
+        complaints += [f'cell {i}: `{line}` lacks its bar' for line in source.splitlines() if _barless.match(line)]
+        names = {directive_name(d) for d in directives}
+        tree = _parse(body)
+        if names & SKIPPED and _has_import(tree): complaints.append(f'cell {i}: imports in a cell that tests skip; the docs build would run it')
+        elif not names & {'export', 'exporti'} and _has_import(tree) and not all(isinstance(n, _harmless) for n in tree.body):
+            complaints.append(f'cell {i}: imports beside code that does something; give the imports a cell of their own')
+        if names & {'export', 'exporti'} and re.search(r'^\s*from\s+\S+\s+import\s+\*', '\n'.join(body), re.M):
+            complaints.append(f'cell {i}: `import *` in an exported cell')
+    return complaints
+
+
+def check_title(cells):
+    "Complaints about the first cell: nbdev takes the page's title, its lead and the module's docstring from it."
+    fine = cells and cells[0][0] == 'markdown' and re.match(r'# [^#\s].*\n\n> \S.*', cells[0][1])
+    return [] if fine else ['the first cell is not a `# Title`, an empty line and a `> one-line quote`']
+
+
+# ---------------------------------------------------------------- import graph
+
+JOURNEY = ['core', 'files', 'plan', 'data', 'train', 'evaluate', 'deploy', 'ui', 'journey', 'cli']
+MAX_DEPTH = 4
+
+
+def module_sources(root):
+    "`{'homelab_ft.plan.vram': text}` of every module that a notebook made; `_modidx` is nbdev's."
+    package = Path(root) / PACKAGE
+    name = lambda p: '.'.join(p.relative_to(package.parent).with_suffix('').parts)
+    return {name(p): p.read_text(encoding='utf-8') for p in sorted(package.rglob('*.py')) if p.name != '_modidx.py'}
+
+
+def _absolute(module, node):
+    "Names that one import statement in `module` might load, longest first."
+    if isinstance(node, ast.Import): return [a.name for a in node.names]
+    base = module.split('.')[:-node.level] if node.level else []
+    base = '.'.join(base + ([node.module] if node.module else []))
+    return [f'{base}.{a.name}' for a in node.names] + [base]
+
+
+def import_graph(sources):
+    "`{module: set of our modules it imports}`, imports inside functions included; packages' `__init__` are left out."
+    modules = {m for m in sources if not m.endswith('__init__')}
+    graph = {}
+    for module in modules:
+        nodes = [n for n in ast.walk(ast.parse(sources[module])) if isinstance(n, (ast.Import, ast.ImportFrom))]
+        graph[module] = {name for n in nodes for name in _absolute(module, n) if name in modules} - {module}
+    return graph
+
+
+def longest_chain(graph):
+    "The longest chain of imports, or the chain that closes a cycle (its first and last module are then the same)."
+    best = {}
+
+    def walk(module, path):
+        if module in path: return path[path.index(module):] + [module]
+        if module not in best:
+            chains = [walk(m, path + [module]) for m in sorted(graph[module])]
+            cycle = next((c for c in chains if c[0] == c[-1] and len(c) > 1), None)
+            if cycle: return cycle
+            best[module] = [module] + max(chains, key=len, default=[])
+        return best[module]
+
+    chains = [walk(m, []) for m in sorted(graph)]
+    return next((c for c in chains if c[0] == c[-1] and len(c) > 1), max(chains, key=len, default=[]))
+
+
+def _room(module): return module.split('.')[1]
+
+
+def check_imports(sources):
+    "Complaints about the import graph: cycles, depth, the order of the journey, code in an `__init__`."
+    graph = import_graph(sources)
+    complaints = [f'{m}: an __init__ imports nothing' for m, s in sources.items() if m.endswith('__init__') and _has_import(ast.parse(s))]
+    unknown = sorted({_room(m) for m in graph} - set(JOURNEY))
+    if unknown: return complaints + [f'{room}: no room of the journey ({", ".join(JOURNEY)})' for room in unknown]
+    chain = longest_chain(graph)
+    if len(chain) > 1 and chain[0] == chain[-1]: complaints.append('import cycle: ' + ' -> '.join(chain))
+    elif len(chain) - 1 > MAX_DEPTH: complaints.append(f'imports are {len(chain) - 1} deep, {MAX_DEPTH} allowed: ' + ' -> '.join(chain))
+    rank = {room: max(1, i) for i, room in enumerate(JOURNEY)}   # core and files are neighbours
+    complaints += [f'{a} imports {b}, which stands behind it on the journey' for a in sorted(graph) for b in sorted(graph[a])
+                   if rank[_room(b)] > rank[_room(a)]]
+    return complaints
+
+
+# ---------------------------------------------------------------- style
+
+MAX_CELL, MEDIAN_CELL, MEDIAN_FUNCTION, MAX_MODULE, MAX_CELLS, MIN_ASSERTIONS = 40, 10, 8, 300, 80, 2
+_functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def _lines(body): return sum(1 for line in body if line.strip())
+
+
+def _undocumented_parameters(node, lines):
+    "Parameters of a function that have no comment on a line of their own; `lines` are those of the cell."
+    a = node.args
+    params = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, [a.vararg, a.kwarg])]
+    params = [p for p in params if p.arg not in ('self', 'cls')]
+    per_line = [p.lineno for p in params]
+    good = lambda p: per_line.count(p.lineno) == 1 and p.lineno != node.lineno and '#' in lines[p.lineno - 1]
+    return [p.arg for p in params if not good(p)]
+
+
+def _check_public(node, lines):
+    "Complaints about one public function or class."
+    public = [n for n in node.body if isinstance(n, _functions) and n.name[0] != '_'] if isinstance(node, ast.ClassDef) else []
+    complaints = [f'{node.name if n is node else f"{node.name}.{n.name}"} has no docstring' for n in [node, *public] if not ast.get_docstring(n)]
+    inits = [n for n in node.body if isinstance(n, _functions) and n.name == '__init__'] if isinstance(node, ast.ClassDef) else [node]
+    return complaints + [f'{node.name}: parameter {p} has no comment on its own line' for n in inits for p in _undocumented_parameters(n, lines)]
+
+
+def check_style(cells):
+    "Complaints about one notebook's exported cells: sizes, docstrings, documented parameters, number of assertions."
+    complaints, cell_sizes, function_sizes, public, assertions = [], [], [], 0, 0
+    for i, source in ((i, s) for i, (kind, s) in enumerate(cells) if kind == 'code'):
+        directives, body = cell_directives(source)
+        tree = _parse(body)
+        if not {directive_name(d) for d in directives} & {'export', 'exporti'}:
+            calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call))
+            assertions += sum(isinstance(n, ast.Assert) for n in ast.walk(tree)) + sum(getattr(n.func, 'id', '').startswith('test_') for n in calls)
+            continue
+        if _lines(body) > MAX_CELL: complaints.append(f'cell {i}: {_lines(body)} lines, {MAX_CELL} allowed')
+        defined = [n for n in tree.body if isinstance(n, (*_functions, ast.ClassDef))]
+        is_table = _lines(body) > MEDIAN_CELL and all(isinstance(n, ast.Assign) for n in tree.body)   # word lists, not code
+        if not is_table: cell_sizes.append(_lines(body))
+        function_sizes += [n.end_lineno - n.body[0].lineno + 1 for n in ast.walk(tree) if isinstance(n, _functions)]
+        names = [n for n in defined if n.name[0] != '_']
+        public += sum(isinstance(n, _functions) for n in names)
+        complaints += [f'cell {i}: {c}' for n in names for c in _check_public(n, body)]
+    if cell_sizes and statistics.median(cell_sizes) > MEDIAN_CELL:
+        complaints.append(f'exported cells have {statistics.median(cell_sizes)} lines (median), {MEDIAN_CELL} allowed')
+    if function_sizes and statistics.median(function_sizes) > MEDIAN_FUNCTION:
+        complaints.append(f'functions have {statistics.median(function_sizes)} lines (median, signature aside), {MEDIAN_FUNCTION} allowed')
+    if len(cells) > MAX_CELLS: complaints.append(f'{len(cells)} cells, {MAX_CELLS} allowed: split the notebook')
+    if assertions < MIN_ASSERTIONS * public: complaints.append(f'{assertions} assertions for {public} public functions, {MIN_ASSERTIONS} each wanted')
+    return complaints
+
+
+def check_sizes(sources):
+    "Complaints about modules that are too long."
+    sizes = {m: len(s.splitlines()) for m, s in sources.items()}
+    return [f'{m}: {n} lines, {MAX_MODULE} allowed' for m, n in sizes.items() if n > MAX_MODULE]
+
+
+# ---------------------------------------------------------------- site
+
+# Keys from Quarto's reference (quarto.org/docs/reference/projects/websites.html and formats/html.html), as far as we use them.
+QUARTO_KEYS = {
+    '': {'project', 'format', 'website'},
+    'project': {'type', 'output-dir', 'render', 'resources', 'pre-render', 'post-render', 'preview'},
+    'format': {'html'},
+    'format.html': {'theme', 'css', 'toc', 'toc-depth', 'code-overflow', 'code-fold', 'html-math-method', 'keep-md'},
+    'website': {'title', 'description', 'favicon', 'site-url', 'repo-url', 'repo-branch', 'repo-actions', 'page-navigation', 'bread-crumbs',
+                'open-graph', 'twitter-card', 'navbar', 'sidebar', 'search', 'page-footer', 'back-to-top-navigation'},
+    'website.navbar': {'background', 'search', 'left', 'right', 'title', 'logo'},
+    'website.sidebar': {'style', 'contents', 'title', 'search', 'collapse-level'},
+}
+
+
+def _check_keys(node, where=''):
+    "Unknown keys at or below `where`; mappings that QUARTO_KEYS does not list are not entered."
+    if not isinstance(node, dict) or where not in QUARTO_KEYS: return []
+    join = lambda k: f'{where}.{k}'.lstrip('.')
+    return [f'unknown Quarto key {join(k)}' for k in node if k not in QUARTO_KEYS[where]] + [c for k, v in node.items() for c in _check_keys(v, join(k))]
+
+
+def sidebar(quarto_yml):
+    "The sidebar as `(section or None, file)` pairs in order."
+    pairs = []
+    for entry in yaml.safe_load(quarto_yml)['website']['sidebar']['contents']:
+        if isinstance(entry, str): pairs.append((None, entry))
+        else: pairs += [(entry['section'], f) for f in entry['contents']]
+    return pairs
+
+
+def check_site(quarto_yml, files, settings):
+    "Complaints about `_quarto.yml`: unknown keys, files missing on either side, values that contradict settings.ini."
+    site = yaml.safe_load(quarto_yml)
+    complaints = _check_keys(site)
+    if site.get('project', {}).get('type') != 'website': complaints.append('project.type is not website')
+    if site.get('project', {}).get('output-dir') != settings['doc_path']: complaints.append(f"project.output-dir is not {settings['doc_path']}, the doc_path of settings.ini")
+    same = {'title': settings['title'], 'description': settings['description'], 'site-url': settings['doc_host'] + settings['doc_baseurl'],
+            'repo-url': settings['git_url'], 'repo-branch': settings['branch']}
+    complaints += [f'website.{k} is not {v!r}, as settings.ini has it' for k, v in same.items() if site.get('website', {}).get(k) != v]
+    listed = [f for _, f in sidebar(quarto_yml)]
+    complaints += [f'the sidebar lists {f}, which does not exist' for f in listed if f not in files]
+    complaints += [f'{f} is not in the sidebar' for f in files if f not in listed]
+    return complaints + [f'the sidebar lists {f} twice' for f in sorted(set(listed)) if listed.count(f) > 1]
+
+
+# ---------------------------------------------------------------- dependencies, stray paths
+
+
+def read_settings(root):
+    "The settings of settings.ini as a mapping."
+    parser = ConfigParser(delimiters=['='])
+    parser.read_string((Path(root) / 'settings.ini').read_text(encoding='utf-8'))
+    return parser['DEFAULT']
+
+
+def required_names(settings):
+    "Names of all packages in any `*requirements` of settings.ini."
+    lines = (v for k, v in settings.items() if k.endswith('requirements'))
+    return sorted({re.match(r'[\w.-]+', word)[0] for line in lines for word in line.split()})
+
+
+def check_dependencies(settings, markdown):
+    "Packages that have no table row with a reason in the text of the dependencies notebook."
+    rows = [[c.strip() for c in line.strip().strip('|').split('|')] for line in markdown.splitlines() if line.strip().startswith('|')]
+    reasons = {name: row[1] for row in rows if len(row) > 1 for name in re.findall(r'`([\w.-]+)`', row[0])}
+    names = required_names(settings)
+    complaints = [f'{n} has no reason in the dependencies notebook' for n in names if len(reasons.get(n, '').split()) < 3]
+    return complaints + [f'the dependencies notebook explains {n}, which settings.ini does not require' for n in sorted(reasons) if n not in names]
+
+
+# Written so that this file does not match itself.
+STRAY = re.compile(r'/[w]ork/\w|/[r]oot/|/[h]ome/\w|/[U]sers/\w|/[o]pt/(pypi|wheels)|[f]ile:///|/[t]mp/tmp\w|[p]ypi\.org|[p]ythonhosted\.org|[e]xtra-index-url')
+
+
+def check_stray(files):
+    "Lines of `{name: text}` that carry a path of somebody's machine or the address of a package registry."
+    hits = ((name, n, STRAY.search(line)) for name, text in files.items() for n, line in enumerate(text.splitlines(), 1))
+    return [f'{name}:{n}: {hit[0]}' for name, n, hit in hits if hit]
+
+
+def tracked_texts(root):
+    "Texts of all files that git tracks or would track, the package's assets aside."
+    command = ['git', 'ls-files', '--cached', '--others', '--exclude-standard', '-z']
+    names = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.split('\0')
+    paths = [Path(root) / n for n in names if n and not n.startswith(f'{PACKAGE}/assets/')]
+    texts = {}
+    for p in paths:
+        try: texts[p.relative_to(root).as_posix()] = p.read_text(encoding='utf-8')
+        except (UnicodeDecodeError, FileNotFoundError, IsADirectoryError): continue   # pictures; files deleted but not yet committed
+    return texts
+
+
+# ---------------------------------------------------------------- all of it
+
+
+def check_all(root=ROOT):
+    "`{check: complaints}` for a repository."
+    files, sources, settings = notebooks(root), module_sources(root), read_settings(root)
+    cells = {f: read_cells(Path(root) / 'nbs' / f) for f in files}
+    per_notebook = lambda check: [f'{f}: {c}' for f in files for c in check(cells[f])]
+    reasons = '\n'.join(s for kind, s in cells.get('explanations/dependencies.ipynb', []) if kind == 'markdown')
+    return {'directives': per_notebook(check_directives), 'titles': per_notebook(check_title), 'imports': check_imports(sources), 'style': per_notebook(check_style) + check_sizes(sources),
+            'site': check_site((Path(root) / '_quarto.yml').read_text(encoding='utf-8'), files, settings),
+            'dependencies': check_dependencies(settings, reasons), 'stray': check_stray(tracked_texts(root))}
+
+
+if __name__ == '__main__':
+    results = check_all()
+    for check, complaints in results.items():
+        print(f'{check}: {len(complaints) or "fine"}')
+        for c in complaints: print('  ', c)
+    sys.exit(any(results.values()))
