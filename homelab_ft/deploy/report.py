@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['cost_table', 'changed_settings', 'report_markdown', 'write_report']
 
-# %% ../../nbs/deploy/report.ipynb #60c5f3c2
+# %% ../../nbs/deploy/report.ipynb #164d8844
 import io, json
 
 from ..core import RunConfig, fmt_duration, fmt_gib
 from ..files import Table, table_markdown, write_atomic
-from ..train.watch import RunFolder, history, plot_history
+from ..train.curve import plot_history
+from ..train.watch import RunFolder, history
 
 # %% ../../nbs/deploy/report.ipynb #27836494
 def _memory_lines(

@@ -52,14 +52,14 @@ class Projection:
     def __str__(self): return str(pilot_table(self))
     def _repr_html_(self): return pilot_table(self)._repr_html_()
 
-# %% ../../nbs/plan/cost.ipynb #4a26d0f8
+# %% ../../nbs/plan/cost.ipynb #ab12b568
 def project(
     step_seconds: list,      # durations of the pilot's steps; the first is dropped as warm-up if there are two or more
     total_steps: int,        # steps of the whole run
     watts: float,            # mean power
     watts_source: str,       # where it comes from, such as `EnergyMeter.source`
     price: float,            # per kWh
-    currency: str = 'EUR',
+    currency: str = 'EUR',   # of the price
 ) -> Projection:
     "Time, energy and cost of a run from a pilot of a few steps; `ConfigError` for a pilot that cannot be used."
     if not step_seconds or min(step_seconds) < 0 or not all(map(math.isfinite, step_seconds)):

@@ -131,7 +131,7 @@ PARTS = ('weights', 'adapter', 'gradients', 'optimizer', 'activations', 'logits_
 PART_COLORS = dict(zip(PARTS, ('#0072B2', '#56B4E9', '#009E73', '#F0E442', '#E69F00', '#D55E00', '#999999')))
 PART_LABELS = dict(zip(PARTS, (*PARTS[:5], 'logits + loss', 'overhead (assumed)')))
 
-# %% ../../nbs/plan/vram.ipynb #287b01b7
+# %% ../../nbs/plan/vram.ipynb #d68a3160
 @dataclass(frozen=True)
 class MemoryEstimate:
     "Bytes at the peak, by part; the phase where it is; and all `phases` (name -> part -> bytes)."
@@ -167,7 +167,10 @@ class MemoryEstimate:
         "Whether the peak stays below the limit less the margin."
         return self.peak <= limit_bytes * (1 - margin)
 
-    def plot(self, limit_bytes=None, ax=None): return plot_estimate(self, limit_bytes, ax)
+    def plot(self, limit_bytes=None, ax=None):
+        "The estimate as stacked bars; see `plot_estimate`."
+        return plot_estimate(self, limit_bytes, ax)
+
     def __str__(self): return str(estimate_table(self))
     def _repr_html_(self): return estimate_table(self)._repr_html_()
 

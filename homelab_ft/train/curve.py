@@ -17,19 +17,30 @@ def smoothed(
         out.append(total / weight)
     return out
 
-# %% ../../nbs/train/curve.ipynb #7aed27c4
+# %% ../../nbs/train/curve.ipynb #a27eb9cd
+def _new_axes():
+    "Axes of a figure that no global state knows of."
+    from matplotlib.figure import Figure
+    return Figure(figsize=(7, 3.2), layout='constrained').subplots()
+
+# %% ../../nbs/train/curve.ipynb #e90f56e6
+def _points(
+    records: list,           # metrics lines
+) -> tuple:                  # `(steps, losses)`
+    "What a line is drawn through."
+    return [r['step'] for r in records], [r['loss'] for r in records]
+
+# %% ../../nbs/train/curve.ipynb #dbf017c3
 def plot_history(
     curves: dict,            # `{'train': [...], 'eval': [...]}` of metrics lines, from `train.watch.history`
     ax=None,                 # matplotlib axes; None: new ones
 ):                           # the axes
     "Training loss (with its running mean) and validation loss over steps."
-    if ax is None:
-        from matplotlib.figure import Figure
-        ax = Figure(figsize=(7, 3.2), layout='constrained').subplots()
-    steps, losses = ([r[k] for r in curves['train']] for k in ('step', 'loss'))
+    ax = _new_axes() if ax is None else ax
+    steps, losses = _points(curves['train'])
     ax.plot(steps, losses, color='C0', alpha=0.25)
     ax.plot(steps, smoothed(losses), color='C0', label='training')
-    ax.plot([r['step'] for r in curves['eval']], [r['loss'] for r in curves['eval']], 'o-', color='C1', label='validation')
+    ax.plot(*_points(curves['eval']), 'o-', color='C1', label='validation')
     ax.set(xlabel='step', ylabel='loss (nats per learned token)')
     ax.legend()
     return ax

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['DO', 'SAID', 'train', 'start', 'follow', 'main']
 
-# %% ../../nbs/train/run.ipynb #698de013
+# %% ../../nbs/train/run.ipynb #17d80805
 import math, os, signal, subprocess, sys, time, traceback
 from dataclasses import asdict
 
-from ..core import HomelabError, RunError
+from ..core import HomelabError, RunConfig, RunError
 from ..data.tokenize import load_cache
 from ..plan.cost import project
 from ..plan.hardware import EnergyMeter, check_disk, detect_machine
@@ -21,26 +21,28 @@ from .steps import Job, State, check_optimizer, count_time, interval, make_optim
 from .watch import (RunFolder, RunLock, RunStatus, cut_metrics, log_event, log_metrics, open_run, pending_commands,
                                     send, status, update_manifest)
 
-# %% ../../nbs/train/run.ipynb #bda0d9b1
-def _evaluate(
-    job: Job,               # loaded
-):
+# %% ../../nbs/train/run.ipynb #218d9f43
+def _keep_best(job: Job, loss: float):
+    "Remember the adapter if it is the best so far; count if it is not."
+    s = job.state
+    s.evaluated = s.step
+    if loss < s.best_loss: s.best_loss, s.best_step, s.worse, job.best = loss, s.step, 0, adapter_tensors(job.model)
+    else: s.worse += 1
+
+# %% ../../nbs/train/run.ipynb #263e08f5
+def _evaluate(job: Job):
     "Validation loss now; remembers the adapter if it is the best so far."
     read_losses(job, 0)
     s = job.state
     if job.validation is None or s.evaluated == s.step: return
     loss = mean_nll(job.model, job.validation, batch_size=2 * job.config.per_device_train_batch_size)
     if not math.isfinite(loss): raise RunError(f'the validation loss is no number at step {s.step}', value=loss, next_step='lower the learning rate')
-    s.evaluated = s.step
-    if loss < s.best_loss: s.best_loss, s.best_step, s.worse, job.best = loss, s.step, 0, adapter_tensors(job.model)
-    else: s.worse += 1
+    _keep_best(job, loss)
     count_time(job)
     log_metrics(job.run, kind='eval', step=s.step, loss=loss, tokens=s.tokens, seconds=round(s.seconds, 3))
 
-# %% ../../nbs/train/run.ipynb #42816a92
-def _save(
-    job: Job,               # loaded
-):
+# %% ../../nbs/train/run.ipynb #e370b7b8
+def _save(job: Job):
     "Write a checkpoint and forget old ones."
     read_losses(job, 0)
     count_time(job)
@@ -51,10 +53,8 @@ def _save(
     prune(folder, job.config.save_total_limit)
     log_event(job.run, 'checkpoint', step=job.state.step, control_line=job.state.control_line)
 
-# %% ../../nbs/train/run.ipynb #91410c1e
-def _pilot(
-    job: Job,               # loaded, with a few steps done
-):
+# %% ../../nbs/train/run.ipynb #fb95a3d3
+def _pilot(job: Job):
     "Project time, energy and cost from the first steps."
     s, c = job.state, job.config
     s.piloted = True
@@ -64,11 +64,8 @@ def _pilot(
     log_event(job.run, 'pilot', **asdict(plan))
     _fit_minutes(job, sum(job.durations[1:]) / max(1, len(job.durations) - 1))
 
-# %% ../../nbs/train/run.ipynb #4e98ef3c
-def _fit_minutes(
-    job: Job,               # loaded
-    pace: float,            # seconds per step
-):
+# %% ../../nbs/train/run.ipynb #d1ce9c41
+def _fit_minutes(job: Job, pace: float):
     "Drop the steps that do not fit into `max_minutes`."
     s, c = job.state, job.config
     if not c.max_minutes: return
@@ -78,11 +75,8 @@ def _fit_minutes(
     s.total_steps = fits
     _save(job)
 
-# %% ../../nbs/train/run.ipynb #2559c247
-def _set_rate(
-    job: Job,               # loaded
-    value: float,           # from the command
-):
+# %% ../../nbs/train/run.ipynb #3b8dcce0
+def _set_rate(job: Job, value: float):
     "Continue with this learning rate."
     s = job.state
     s.peak, s.factor_then = value, rate_factor(s.step, s.total_steps, job.config)
@@ -94,10 +88,8 @@ DO = {'pause': lambda job, value: setattr(job, 'paused', True), 'resume': lambda
       'evaluate': lambda job, value: _evaluate(job), 'learning_rate': _set_rate}
 SAID = {'pause': 'paused', 'resume': 'resumed', 'stop': 'stopping', 'save': 'saved', 'evaluate': 'evaluated', 'learning_rate': 'learning_rate'}
 
-# %% ../../nbs/train/run.ipynb #2933b24a
-def _obey(
-    job: Job,               # loaded
-):
+# %% ../../nbs/train/run.ipynb #3ae38f37
+def _obey(job: Job):
     "Do what was asked since the last step; returns when the run is not paused."
     while not job.stopping:
         commands, job.state.control_line = pending_commands(job.run, job.state.control_line)
@@ -108,10 +100,8 @@ def _obey(
         time.sleep(0.1)
         job.clock = time.monotonic()
 
-# %% ../../nbs/train/run.ipynb #d0f5a2f1
-def _loop(
-    job: Job,               # loaded
-) -> str:                   # 'finished' or 'stopped'
+# %% ../../nbs/train/run.ipynb #3c2e10ae
+def _loop(job: Job) -> str:
     "Steps until the plan is done, the validation loss stops improving, or somebody says stop."
     s, c, n = job.state, job.config, len(job.train)
     job.clock = time.monotonic()
@@ -129,42 +119,46 @@ def _loop(
     _evaluate(job)
     return 'finished'
 
-# %% ../../nbs/train/run.ipynb #3cdfcec2
-def _rows(
-    run: RunFolder,         # the run
-    part: str,              # 'train' or 'validation'
-):                          # TokenCache, or None
+# %% ../../nbs/train/run.ipynb #cf889c74
+def _rows(run: RunFolder, part: str):
     "One part of the run's tokenized rows; only training rows must be there."
     path = run.data_path / f'{part}.safetensors'
     return load_cache(path) if part == 'train' or path.exists() else None
 
-# %% ../../nbs/train/run.ipynb #bbb1fedb
-def _load(
-    run: RunFolder,         # the run
-) -> Job:
-    "Model, adapter, optimizer and rows, at step 0."
-    c, began = run.config(), time.monotonic()
-    train, validation = _rows(run, 'train'), _rows(run, 'validation')
+# %% ../../nbs/train/run.ipynb #56bf2c69
+def _refuse_early(c: RunConfig) -> tuple:
+    "Refuse what can be refused without weights; say where and in which precision."
     device, dtype = resolve_device(c), resolve_dtype(c)
     check_optimizer(c.optim, device)
     check_targets(c)
-    model = load_base(c.model, c.method, dtype, device, c.bnb_4bit_quant_type, c.bnb_4bit_use_double_quant)
-    size = weight_bytes(model)
-    model = attach_lora(model, c)
+    return device, dtype
+
+# %% ../../nbs/train/run.ipynb #568e4e7f
+def _model(c: RunConfig, device: str, dtype: str) -> tuple:
+    "Base and fresh adapter."
+    base = load_base(c.model, c.method, dtype, device, c.bnb_4bit_quant_type, c.bnb_4bit_use_double_quant)
+    size, model = weight_bytes(base), attach_lora(base, c)
     if c.gradient_checkpointing: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
+    return model, size
+
+# %% ../../nbs/train/run.ipynb #38d26638
+def _load(run: RunFolder) -> Job:
+    "Model, adapter, optimizer and rows, at step 0."
+    c, began = run.config(), time.monotonic()
+    train, validation = _rows(run, 'train'), _rows(run, 'validation')
+    device, dtype = _refuse_early(c)
+    model, size = _model(c, device, dtype)
     trained, total = trainable_parameters(model)
     check_disk(run.path, 16 * trained * (c.save_total_limit + 2))
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], c)
-    state = State(total_steps=total_steps(len(train), c), peak=c.learning_rate)
     update_manifest(run, machine=asdict(detect_machine()), device=device, dtype=dtype, base_model=model_fingerprint(c.model),
                     training_rows=train.fingerprint, trainable_parameters=trained, parameters=total, weight_bytes=size,
                     loading_seconds=round(time.monotonic() - began, 2))
+    state = State(total_steps=total_steps(len(train), c), peak=c.learning_rate)
     return Job(run, c, model, optimizer, train, validation, state, EnergyMeter(c.assumed_watts))
 
-# %% ../../nbs/train/run.ipynb #bdab52b2
-def _restore(
-    job: Job,               # at step 0
-):
+# %% ../../nbs/train/run.ipynb #36e40159
+def _restore(job: Job):
     "Continue from the last whole checkpoint, if there is one; later metrics are removed."
     sweep(job.run.path)
     sweep(job.run.checkpoints_path)
@@ -177,22 +171,16 @@ def _restore(
         job.optimizer.load_state_dict(saved['optimizer'])
     cut_metrics(job.run, job.state.step)
 
-# %% ../../nbs/train/run.ipynb #40391af8
-def _check_start(
-    run: RunFolder,         # the run
-    resume: bool,           # to continue
-):
+# %% ../../nbs/train/run.ipynb #6c884ea9
+def _check_start(run: RunFolder, resume: bool):
     "`RunError` for a run that is finished, or that has begun and is not to be continued."
     state = status(run).state
     if state == 'finished': raise RunError('this run is finished', value=run.path, next_step='create another run')
     if state != 'new' and not resume:
         raise RunError('this run has begun', value=f'{run.path} is {state}', next_step='continue it with --resume')
 
-# %% ../../nbs/train/run.ipynb #f6ad0e65
-def _report_end(
-    job: Job,               # after the loop
-    how: str,               # 'finished' or 'stopped'
-):
+# %% ../../nbs/train/run.ipynb #647d5437
+def _report_end(job: Job, how: str):
     "Checkpoint, adapter, and the last event."
     s = job.state
     _save(job)
@@ -201,7 +189,30 @@ def _report_end(
               tokens=s.tokens, tokens_per_second=s.timed_tokens / max(1e-9, s.timed_seconds), joules=s.joules, energy_source=job.meter.source,
               control_line=s.control_line, **peak_memory())
 
-# %% ../../nbs/train/run.ipynb #c5fad24c
+# %% ../../nbs/train/run.ipynb #472fe36c
+def _begin(run: RunFolder, resume: bool) -> int:
+    "The first event, before anything slow."
+    done = pending_commands(run, 0)[1] if resume else 0
+    log_event(run, 'started', resume=resume, pid=os.getpid(), control_line=done)
+    return done
+
+# %% ../../nbs/train/run.ipynb #695f8dd3
+def _work(run: RunFolder, done: int):
+    "Load, restore, train, and write the result."
+    job = _load(run)
+    _restore(job)
+    job.state.control_line = done
+    log_event(run, 'training', step=job.state.step, total_steps=job.state.total_steps)
+    _report_end(job, _loop(job))
+
+# %% ../../nbs/train/run.ipynb #c0ce1d74
+def _log_failure(run: RunFolder, error: Exception) -> Exception:
+    "The last event of a run that failed."
+    error = memory_advice(error)
+    log_event(run, 'failed', error=str(error) if isinstance(error, HomelabError) else f'{type(error).__name__}: {error}')
+    return error
+
+# %% ../../nbs/train/run.ipynb #14b9e41f
 def train(
     run: RunFolder,         # from `create_run`, with tokenized rows in its data folder
     resume: bool = False,   # continue a run that has begun
@@ -209,21 +220,12 @@ def train(
     "Train in this process until the end; an error is logged as `failed` and raised."
     _check_start(run, resume)
     with RunLock(run):
-        done = pending_commands(run, 0)[1] if resume else 0
-        log_event(run, 'started', resume=resume, pid=os.getpid(), control_line=done)
-        try:
-            job = _load(run)
-            _restore(job)
-            job.state.control_line = done
-            log_event(run, 'training', step=job.state.step, total_steps=job.state.total_steps)
-            _report_end(job, _loop(job))
-        except Exception as e:
-            e = memory_advice(e)
-            log_event(run, 'failed', error=f'{type(e).__name__}: {e}' if not isinstance(e, HomelabError) else str(e))
-            raise e
+        done = _begin(run, resume)
+        try: _work(run, done)
+        except Exception as e: raise _log_failure(run, e)
     return status(run)
 
-# %% ../../nbs/train/run.ipynb #4eb65fff
+# %% ../../nbs/train/run.ipynb #8cd7e21d
 def start(
     run: RunFolder,         # from `create_run`
     resume: bool = False,   # continue a run that has begun
@@ -234,14 +236,18 @@ def start(
     with open(run.log_path, 'ab') as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
-def _last_lines(
-    run: RunFolder,         # the run
-    n: int = 8,             # lines
-) -> str:
+def _last_lines(run: RunFolder, n: int = 8) -> str:
     "The end of `train.log`."
     return '\n'.join(run.log_path.read_text(errors='replace').splitlines()[-n:]) if run.log_path.exists() else ''
 
-# %% ../../nbs/train/run.ipynb #228edc72
+# %% ../../nbs/train/run.ipynb #6c6e1554
+def _draw(bar, now: RunStatus):
+    "Bring the progress bar up to date."
+    bar.total = now.total_steps or None
+    if now.loss is not None: bar.set_description(f'training, loss {now.loss:.3f}', refresh=False)
+    bar.update(now.step - bar.n)
+
+# %% ../../nbs/train/run.ipynb #97448511
 def follow(
     run: RunFolder,         # the run
     process,                # from `start`
@@ -251,9 +257,7 @@ def follow(
     with tqdm(desc='loading the model', unit='step') as bar:
         while True:
             code, now = process.poll(), status(run)
-            bar.total = now.total_steps or None
-            if now.loss is not None: bar.set_description(f'training, loss {now.loss:.3f}', refresh=False)
-            bar.update(now.step - bar.n)
+            _draw(bar, now)
             if code is not None: break
             time.sleep(0.5)
     if code == 0: return now

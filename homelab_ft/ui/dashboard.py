@@ -6,7 +6,7 @@
 __all__ = ['MOST_POINTS', 'CURVE_WIDTH', 'CURVE_HEIGHT', 'LEFT', 'BOTTOM', 'COLORS', 'STATE_COLORS', 'BUTTONS', 'RUNNING',
            'nice_ticks', 'loss_svg', 'numbers', 'dashboard_html', 'enabled_commands', 'Dashboard', 'dashboard']
 
-# %% ../../nbs/ui/dashboard.ipynb #b4fd81c1
+# %% ../../nbs/ui/dashboard.ipynb #c257fd69
 import html, threading, time
 from math import ceil, floor, log10
 
@@ -14,7 +14,9 @@ import ipywidgets as W
 from fastcore.basics import patch
 
 from ..core import HomelabError, fmt_duration
-from ..train.watch import RunFolder, RunStatus, history, send, smoothed, status
+from ..train.curve import smoothed
+from ..train.watch import RunFolder, RunStatus, history, status
+from ..train.watch import send as send_command
 
 # %% ../../nbs/ui/dashboard.ipynb #76cc78ad
 def nice_ticks(
@@ -27,9 +29,10 @@ def nice_ticks(
     step = next(m * power for m in (1, 2, 5, 10) if m * power * 5 >= (high - low) * 0.999)
     return [round(i * step, 10) for i in range(floor(low / step + 1e-9), ceil(high / step - 1e-9) + 1)]
 
-# %% ../../nbs/ui/dashboard.ipynb #aab5110b
+# %% ../../nbs/ui/dashboard.ipynb #f753534c
 MOST_POINTS = 400
 
+# %% ../../nbs/ui/dashboard.ipynb #d44da100
 def _points(
     records: list,       # lines of metrics
     smooth: bool,        # running mean instead of the values
@@ -142,7 +145,7 @@ def enabled_commands(
     if state not in RUNNING: return set()
     return {'resume' if state == 'paused' else 'pause', 'stop', 'save', 'evaluate', 'learning_rate'}
 
-# %% ../../nbs/ui/dashboard.ipynb #d518fc4b
+# %% ../../nbs/ui/dashboard.ipynb #0e3e187c
 class Dashboard(W.VBox):
     "The widget made by `dashboard`: `.view` (HTML), `.buttons` (by command), `.rate` (text box), `.message`."
     def __init__(self,
@@ -162,22 +165,25 @@ class Dashboard(W.VBox):
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
 
-    def send(self,
-        command: str,                # one of `watch.COMMANDS`
-    ):
-        "Append the command to the run's control file, or say why not."
-        try: send(self.run, command, self.rate.value if command == 'learning_rate' else None)
-        except (HomelabError, OSError) as e: self.message.value = f'<pre>{html.escape(str(e))}</pre>'
-        else: self.message.value = f'sent: {html.escape(command)}'
+# %% ../../nbs/ui/dashboard.ipynb #5ab90175
+@patch
+def send(self: Dashboard,
+    command: str,                # one of `watch.COMMANDS`
+):
+    "Append the command to the run's control file, or say why not."
+    try: send_command(self.run, command, self.rate.value if command == 'learning_rate' else None)
+    except (HomelabError, OSError) as e: self.message.value = f'<pre>{html.escape(str(e))}</pre>'
+    else: self.message.value = f'sent: {html.escape(command)}'
 
-    def refresh(self) -> str:
-        "Read the folder and redraw; returns the run's state."
-        now = status(self.run)
-        page = dashboard_html(now, history(self.run), self.run.name)
-        if page != self.view.value: self.view.value = page
-        possible = enabled_commands(now.state)
-        for command, button in self.buttons.items(): button.disabled = command not in possible
-        return now.state
+@patch
+def refresh(self: Dashboard) -> str:
+    "Read the folder and redraw; returns the run's state."
+    now = status(self.run)
+    page = dashboard_html(now, history(self.run), self.run.name)
+    if page != self.view.value: self.view.value = page
+    possible = enabled_commands(now.state)
+    for command, button in self.buttons.items(): button.disabled = command not in possible
+    return now.state
 
 # %% ../../nbs/ui/dashboard.ipynb #a5edf98f
 @patch

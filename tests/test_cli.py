@@ -1,0 +1,133 @@
+"""Whatever is wrong with the input: one clear message, exit code 2, no training, nothing overwritten."""
+import json
+import shutil
+
+import pytest
+
+from homelab_ft.cli import main, make_parser
+from homelab_ft.core import embedded_model
+from homelab_ft.plan import hardware
+
+GOOD = 'subject,body,team\n' + ''.join(f'hello {i},the parcel number {i} is {w} late,{t}\n' for i, (w, t) in enumerate(
+    [('very', 'delivery'), ('rather', 'delivery'), ('not', 'sales'), ('too', 'sales')] * 6))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    "An empty working folder with one good file."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'good.csv').write_text(GOOD)
+    return tmp_path
+
+
+@pytest.fixture
+def refuse(here, capsys):
+    "Call a command that must be refused; returns its message."
+    def call(*argv):
+        before = sorted(p.name for p in here.iterdir())
+        code = main(['run', *argv])
+        err = capsys.readouterr().err
+        assert code == 2, err
+        assert err.startswith('homelab-ft: ') and 'Traceback' not in err and err.count('homelab-ft:') == 1
+        assert 'next step: ' in err
+        runs = here / 'runs'
+        assert not runs.exists() or not [p for p in runs.iterdir() if p.name != 'taken'], 'a refused run left something behind'
+        assert sorted(p.name for p in here.iterdir() if p.name != 'runs') == [n for n in before if n != 'runs']
+        return err
+    return call
+
+
+def write(here, name, content):
+    (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return name
+
+
+def test_missing_file(refuse): assert 'nowhere.csv' in refuse('--data', 'nowhere.csv')
+def test_no_file_at_all(refuse): assert 'data' in refuse()
+def test_empty_file(refuse, here): assert 'empty' in refuse('--data', write(here, 'a.csv', ''))
+def test_header_only(refuse, here): refuse('--data', write(here, 'a.csv', 'subject,body,team\n'))
+def test_unknown_extension(refuse, here): assert '.docx' in refuse('--data', write(here, 'a.docx', 'x'))
+def test_broken_json(refuse, here): assert '2' in refuse('--data', write(here, 'a.jsonl', '{"prompt": "a", "completion": "b"}\n{"prompt": \n'))
+
+
+def test_wrong_encoding(refuse, here):
+    message = refuse('--data', write(here, 'a.csv', GOOD.replace('hello 3', 'héllo 3').encode('cp1252')))
+    assert 'encoding=' in message and 'cp1252' in message
+
+
+def test_unknown_column(refuse): assert 'team' in refuse('--data', 'good.csv', '--set', 'label_column=teem')
+def test_layout_cannot_be_told(refuse, here):
+    rows = ''.join(f'{i},{i * 7}\n' for i in range(30))
+    assert 'foo' in refuse('--data', write(here, 'a.csv', 'foo,bar\n' + rows))
+
+
+def test_label_present_once(refuse, here):
+    message = refuse('--data', write(here, 'a.csv', GOOD + 'hi,where is my refund please,billing\n'))
+    assert 'billing' in message and 'rare_labels=drop' in message
+
+
+def test_row_longer_than_max_length(refuse, here):
+    message = refuse('--data', write(here, 'a.csv', GOOD + f'hi,{"late again " * 400},sales\n'), '--set', 'max_length=64')
+    assert 'max_length' in message and 'overlong_rows=drop' in message
+
+
+def test_unknown_setting(refuse): assert 'learning_rate' in refuse('--data', 'good.csv', '--set', 'lerning_rate=1e-4')
+def test_setting_out_of_range(refuse): assert 'lora_r' in refuse('--data', 'good.csv', '--set', 'lora_r=0')
+def test_unknown_setting_in_file(refuse, here): assert 'lora_rank' in refuse('--data', 'good.csv', '--config', write(here, 'c.yaml', 'lora_rank: 8\n'))
+def test_unknown_target_module(refuse): assert 'q_proj' in refuse('--data', 'good.csv', '--set', 'target_modules=[q_prj]')
+
+
+def model_folder(here, leave_out):
+    shutil.copytree(embedded_model(), here / 'model', ignore=shutil.ignore_patterns(*leave_out))
+    return 'model'
+
+
+def test_model_without_weights(refuse, here): assert 'no weights' in refuse('--data', 'good.csv', '--model', model_folder(here, ['*.safetensors']))
+def test_model_without_config(refuse, here): assert 'config.json' in refuse('--data', 'good.csv', '--model', model_folder(here, ['config.json']))
+def test_model_without_tokenizer(refuse, here): assert 'tokenizer' in refuse('--data', 'good.csv', '--model', model_folder(here, ['tokenizer*']))
+def test_model_without_template(refuse, here): assert 'chat_template=' in refuse('--data', 'good.csv', '--model', model_folder(here, ['*.jinja']))
+def test_model_missing(refuse): assert './no-model' in refuse('--data', 'good.csv', '--model', './no-model')
+
+
+def test_no_disk_space(refuse, monkeypatch):
+    monkeypatch.setattr(hardware.shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    assert 'space' in refuse('--data', 'good.csv').lower()
+
+
+def test_no_permission(refuse, here):
+    write(here, 'a_file', 'x')
+    assert 'a_file' in refuse('--data', 'good.csv', '--runs-dir', 'a_file/runs')
+
+
+def test_run_name_taken(refuse, here):
+    (here / 'runs' / 'taken').mkdir(parents=True)
+    (here / 'runs' / 'taken' / 'mine.txt').write_text('precious')
+    assert '--resume' in refuse('--data', 'good.csv', '--name', 'taken')
+    assert (here / 'runs' / 'taken' / 'mine.txt').read_text() == 'precious'
+
+
+def test_resume_of_nothing(refuse): refuse('--resume', 'nothing')
+
+
+def test_debug_shows_the_traceback(here, capsys):
+    assert main(['run', '--data', 'nowhere.csv', '--debug']) == 2
+    assert 'Traceback' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('command', ['quickstart', 'run', 'plan', 'data', 'train', 'eval', 'merge', 'chat', 'models', 'control'])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as e: make_parser().parse_args([command, '--help'])
+    assert e.value.code == 0 and len(capsys.readouterr().out) > 100
+
+
+def test_other_rooms_refuse_an_unknown_run(here, capsys):
+    for command in ('eval', 'merge', 'control'):
+        assert main([command, 'nothing']) == 2
+        assert 'next step' in capsys.readouterr().err
+
+
+def test_plan_needs_no_data_and_data_writes_nothing(here, capsys):
+    assert main(['plan', '--model', 'Llama-3.2-1B', '--gib', '12', '--set', 'method=qlora']) == 0
+    assert main(['data', '--data', 'good.csv']) == 0
+    assert 'delivery' in capsys.readouterr().out
+    assert [p.name for p in here.iterdir()] == ['good.csv']

@@ -1,0 +1,101 @@
+"""The whole journey from outside: killed in the middle, continued, the same numbers."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from homelab_ft.journey import quickstart_config, resume_journey, run_journey
+from homelab_ft.train.watch import RunFolder, events, history, status
+
+SMALL = dict(max_rows=160, max_steps=14, per_device_train_batch_size=4, save_steps=5, eval_steps=7, eval_max_rows=8, generate_max_rows=2, n_bootstrap=100)
+
+
+def command(folder, *argv):
+    "Start `homelab-ft` as a person would."
+    return subprocess.Popen([sys.executable, '-c', 'import sys; from homelab_ft.cli import main; sys.exit(main())', *argv], cwd=folder,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def small_run(folder, name):
+    "Arguments of a small run on the sample tickets."
+    config = quickstart_config(folder, **SMALL)
+    settings = {k: getattr(config, k) for k in [*SMALL, 'max_length', 'overlong_rows', 'learning_rate', 'test_data']}
+    return ['--data', config.data, '--name', name, *(x for k, v in settings.items() for x in ('--set', f'{k}={v}'))]
+
+
+def wait_for(condition, seconds=120):
+    "Until `condition()` holds."
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, 'waited in vain'
+        time.sleep(0.02)
+
+
+def training_pid(run):
+    "The pid that the training process wrote when it started, or None."
+    return next((e['pid'] for e in reversed(events(run)) if e['event'] == 'started'), None)
+
+
+def losses(run): return [(r['step'], r['loss']) for r in history(run)['train']]
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "An uninterrupted run."
+    folder = tmp_path_factory.mktemp('whole')
+    return run_journey(quickstart_config(folder, **SMALL, run_name='whole', runs_dir=str(folder / 'runs')), say=lambda line: None)
+
+
+def test_journey_leaves_everything(whole):
+    assert status(whole).state == 'finished'
+    entry = json.loads(whole.entry_path.read_text())
+    assert entry['data']['rows']['test'] == 200 and entry['data']['fingerprint'] and entry['parity']['passed']
+    report = whole.report_path.read_text()
+    for word in ('NLL per token', 'accuracy', 'kWh', 'tokens per second', 'measured peak', 'loss.png', 'To repeat it'): assert word in report
+    assert (whole.path / 'loss.png').stat().st_size > 5000
+    assert (whole.merged_path / 'model.safetensors').exists() and not list(whole.path.rglob('*.bin'))
+
+
+def test_same_seed_same_numbers(whole, tmp_path):
+    again = run_journey(quickstart_config(tmp_path, **SMALL, run_name='again', runs_dir=str(tmp_path / 'runs')), say=lambda line: None)
+    assert losses(again) == losses(whole)
+    values = [[(m['name'], m['base'], m['tuned']) for m in json.loads(r.evaluation_path.read_text())['measures']] for r in (whole, again)]
+    assert values[0] == values[1]
+
+
+def test_both_processes_killed_and_resumed(whole, tmp_path):
+    process, run = command(tmp_path, 'run', *small_run(tmp_path, 'killed')), RunFolder(tmp_path / 'runs' / 'killed')
+    wait_for(lambda: len(losses(run)) >= 8)
+    process.kill()
+    os.kill(training_pid(run), signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: status(run).state == 'interrupted', 10)
+    resumed = command(tmp_path, 'train', '--resume', 'killed')
+    output = resumed.communicate(timeout=300)[0]
+    assert resumed.returncode == 0, output
+    assert losses(run)[-1][0] == 14 and [s for s, _ in losses(run)] == list(range(1, 15))
+    assert abs(losses(run)[-1][1] - losses(whole)[-1][1]) <= 1e-4
+    resume_journey(run, say=lambda line: None)
+    assert run.report_path.exists()
+
+
+def test_killed_before_the_first_step(whole, tmp_path):
+    process, run = command(tmp_path, 'run', *small_run(tmp_path, 'early')), RunFolder(tmp_path / 'runs' / 'early')
+    wait_for(lambda: training_pid(run))
+    os.kill(training_pid(run), signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 2 and '--resume' in output and 'Traceback' not in output
+    resumed = command(tmp_path, 'train', '--resume', 'early')
+    assert resumed.wait(300) == 0
+    assert abs(losses(run)[-1][1] - losses(whole)[-1][1]) <= 1e-4
+
+
+def test_a_finished_run_is_not_trained_again(whole, capsys):
+    from homelab_ft.cli import main
+    before = losses(whole)
+    assert main(['train', '--resume', str(whole.path)]) == 2
+    assert 'finished' in capsys.readouterr().err and losses(whole) == before
