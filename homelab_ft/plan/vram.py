@@ -131,7 +131,7 @@ PARTS = ('weights', 'adapter', 'gradients', 'optimizer', 'activations', 'logits_
 PART_COLORS = dict(zip(PARTS, ('#0072B2', '#56B4E9', '#009E73', '#F0E442', '#E69F00', '#D55E00', '#999999')))
 PART_LABELS = dict(zip(PARTS, (*PARTS[:5], 'logits + loss', 'overhead (assumed)')))
 
-# %% ../../nbs/plan/vram.ipynb #d68a3160
+# %% ../../nbs/plan/vram.ipynb #10ccd029
 @dataclass(frozen=True)
 class MemoryEstimate:
     "Bytes at the peak, by part; the phase where it is; and all `phases` (name -> part -> bytes)."
@@ -166,10 +166,6 @@ class MemoryEstimate:
     ) -> bool:
         "Whether the peak stays below the limit less the margin."
         return self.peak <= limit_bytes * (1 - margin)
-
-    def plot(self, limit_bytes=None, ax=None):
-        "The estimate as stacked bars; see `plot_estimate`."
-        return plot_estimate(self, limit_bytes, ax)
 
     def __str__(self): return str(estimate_table(self))
     def _repr_html_(self): return estimate_table(self)._repr_html_()
@@ -283,7 +279,7 @@ def verdict(
     made_of = ' and '.join(f'{PART_LABELS[name]} ({fmt_gib(est.parts[name])})' for name in largest)
     return f'{answer} ({fmt_gib(est.peak)} of {fmt_gib(limit_bytes)}, {margin:.0%} left free). The peak is at {est.phase}, mostly {made_of}.'
 
-# %% ../../nbs/plan/vram.ipynb #bc8a9b16
+# %% ../../nbs/plan/vram.ipynb #a52274b6
 def plot_estimate(
     est: MemoryEstimate,         # the estimate
     limit_bytes: float = None,   # memory of the card, drawn as a line
@@ -301,3 +297,4 @@ def plot_estimate(
     ax.set_xlabel('GiB')
     ax.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
     return ax
+MemoryEstimate.plot = plot_estimate
