@@ -172,6 +172,22 @@ def test_killed_again_and_again_at_random_moments(tmp_path, model, whole):
     assert_same(run, whole)
 
 
+def test_killed_between_the_last_evaluation_and_its_checkpoint(tmp_path, model, whole, monkeypatch):
+    run, saves = new_run(tmp_path, model), []
+    save = training._save
+
+    def interrupted(job):
+        saves.append(job.state.step)
+        if saves.count(60) == 2: raise KeyboardInterrupt      # step 60 is saved by save_steps, then evaluated, then saved again
+        save(job)
+    monkeypatch.setattr(training, '_save', interrupted)
+    with pytest.raises(KeyboardInterrupt): training.train(run)
+    monkeypatch.setattr(training, '_save', save)
+    assert history(run)['eval'][-1]['step'] == 60
+    finish(run)
+    assert_same(run, whole)
+
+
 def test_the_process_started_by_start_survives_kill_9(tmp_path, model, whole):
     run = new_run(tmp_path, model)
     process = training.start(run)

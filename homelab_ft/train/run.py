@@ -157,7 +157,7 @@ def _load(run: RunFolder) -> Job:
     state = State(total_steps=total_steps(len(train), c), peak=c.learning_rate)
     return Job(run, c, model, optimizer, train, validation, state, EnergyMeter(c.assumed_watts))
 
-# %% ../../nbs/train/run.ipynb #36e40159
+# %% ../../nbs/train/run.ipynb #46ef2fd3
 def _restore(job: Job):
     "Continue from the last whole checkpoint, if there is one; later metrics are removed."
     sweep(job.run.path)
@@ -169,7 +169,7 @@ def _restore(job: Job):
         job.state, job.best = State(**saved['state']), saved['best']
         set_adapter(job.model, saved['adapter'])
         job.optimizer.load_state_dict(saved['optimizer'])
-    cut_metrics(job.run, job.state.step)
+    cut_metrics(job.run, job.state.step, job.state.evaluated)
 
 # %% ../../nbs/train/run.ipynb #6c884ea9
 def _check_start(run: RunFolder, resume: bool):

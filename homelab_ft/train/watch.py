@@ -132,14 +132,15 @@ def events(
     "Everything that happened."
     return read_jsonl(run.events_path)
 
-# %% ../../nbs/train/watch.ipynb #623a2cb6
+# %% ../../nbs/train/watch.ipynb #ff730728
 def cut_metrics(
     run: RunFolder,          # the run
-    step: int,               # last step to keep
+    step: int,               # last training step to keep
+    evaluated: int,          # last evaluated step to keep; an evaluation right after the checkpoint will be repeated
 ):
     "Remove the metrics of all later steps, atomically."
     records = read_jsonl(run.metrics_path)
-    kept = [r for r in records if r['step'] <= step]
+    kept = [r for r in records if r['step'] <= (evaluated if r['kind'] == 'eval' else step)]
     if len(kept) < len(records): write_atomic(run.metrics_path, ''.join(json.dumps(r) + '\n' for r in kept))
 
 # %% ../../nbs/train/watch.ipynb #a12781cc
