@@ -13,13 +13,13 @@ from ..files import Table, table_markdown, write_atomic
 from ..train.curve import plot_history
 from ..train.watch import RunFolder, history
 
-# %% ../../nbs/deploy/report.ipynb #27836494
+# %% ../../nbs/deploy/report.ipynb #8643f1e5
 def _memory_lines(
     training: dict,      # the registry entry's `training`
     predicted,           # predicted peak in bytes, or None
 ) -> list:
     "Predicted and measured memory; a processor's figure is the whole process, libraries included."
-    lines = [['predicted peak of the tensors', fmt_gib(predicted)]] if predicted else []
+    lines = [['predicted peak, process', f'{fmt_gib(predicted)} (first closed form, overhead assumed)']] if predicted else []
     names = {'peak_allocated': 'measured peak, allocated', 'peak_reserved': 'measured peak, reserved',
              'peak_process': 'measured on the card, process', 'peak_resident': 'measured peak, whole process'}
     return lines + [[label, fmt_gib(training[key])] for key, label in names.items() if training.get(key)]
