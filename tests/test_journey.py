@@ -99,3 +99,14 @@ def test_a_finished_run_is_not_trained_again(whole, capsys):
     before = losses(whole)
     assert main(['train', '--resume', str(whole.path)]) == 2
     assert 'finished' in capsys.readouterr().err and losses(whole) == before
+
+
+def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(whole, tmp_path):
+    process, run = command(tmp_path, 'run', *small_run(tmp_path, 'stopped')), RunFolder(tmp_path / 'runs' / 'stopped')
+    wait_for(lambda: len(losses(run)) >= 3)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and '--resume' in output and 'Traceback' not in output
+    assert status(run).state == 'stopped' and len(losses(run)) < 14
+    resume_journey(run, say=lambda line: None)
+    assert losses(run) == losses(whole)
