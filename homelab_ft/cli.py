@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['EPILOG', 'add_settings', 'read_settings', 'make_parser', 'main']
 
-# %% ../nbs/cli.ipynb #94fc2b28
+# %% ../nbs/cli.ipynb #0fe0a674
 import argparse, os, sys, tempfile, warnings
 
 from . import __version__
-from .core import GiB, HomelabError, RunConfig, load_config
+from .core import GiB, HomelabError, RunConfig, load_config, parse_override
 from .train.watch import COMMANDS, open_run, send, status
 
 # %% ../nbs/cli.ipynb #719ba900
@@ -44,13 +44,13 @@ def _print_end(
     print(f'\n{summary_table(run)}\n\n{load_evaluation(run).verdict}\n')
     print(f'report  {run.report_path}\nmodel   {run.merged_path}\nask it  homelab-ft chat {run.path}')
 
-# %% ../nbs/cli.ipynb #bcfd0fe7
+# %% ../nbs/cli.ipynb #ec1ebf78
 def _cmd_quickstart(
     args,                # parsed arguments
 ):
     "The whole journey on the embedded model and the sample tickets."
     from homelab_ft.journey import quickstart_config, run_journey
-    settings = dict(runs_dir=args.runs_dir or 'runs', seed=args.seed) | ({'run_name': args.name} if args.name else {})
+    settings = dict(parse_override(o) for o in args.overrides) | dict(runs_dir=args.runs_dir or 'runs', run_name=args.name, seed=args.seed)
     _print_end(run_journey(quickstart_config('.', **settings)))
 
 # %% ../nbs/cli.ipynb #972b220e
@@ -170,7 +170,7 @@ def _add(
     parser.set_defaults(function=function)
     return parser
 
-# %% ../nbs/cli.ipynb #22ddfbf9
+# %% ../nbs/cli.ipynb #9408bc58
 def _add_run_commands(
     commands,            # argparse sub-parsers
 ):
@@ -179,6 +179,7 @@ def _add_run_commands(
     quick.add_argument('--seed', type=int, default=42, help='the same seed gives the same numbers (default: 42)')
     quick.add_argument('--name', metavar='NAME', help='name of the run (default: date and time)')
     quick.add_argument('--runs-dir', metavar='DIR', help='folder of all runs (default: runs)')
+    quick.add_argument('--set', metavar='KEY=VALUE', action='append', default=[], dest='overrides', help='any setting; may be repeated')
     parsers = {name: _add(commands, name, f) for name, f in [('run', _cmd_run), ('plan', _cmd_plan), ('data', _cmd_data), ('train', _cmd_train)]}
     for parser in parsers.values(): add_settings(parser)
     for name in ('run', 'train'): parsers[name].add_argument('--resume', metavar='RUN', help='continue a run: its folder or name')

@@ -6,8 +6,9 @@
 __all__ = ['QUICKSTART', 'quickstart_config', 'check_inputs', 'plan_run', 'new_run', 'finish', 'train_here', 'run_journey',
            'resume_journey', 'pilot', 'summary_table']
 
-# %% ../nbs/journey.ipynb #d1858391
-import json, os, shutil, tempfile, time
+# %% ../nbs/journey.ipynb #a2704562
+import json, os, shutil, signal, tempfile, threading, time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from .deploy.merge import Parity, merge, parity
 from .deploy.registry import register
 from .deploy.report import cost_table, write_report
 from .evaluate.compare import compare, load_evaluation
-from .files import Table
+from .files import Table, append_jsonl, now
 from .plan.cost import Projection, pilot_table
 from .plan.hardware import check_disk, check_writable, detect_machine
 from .plan.shape import model_shape
@@ -33,14 +34,15 @@ from .train.watch import RunFolder, create_run, events, send, status, update_man
 QUICKSTART = dict(model='embedded', overlong_rows='drop', max_length=256, per_device_train_batch_size=16,
                   learning_rate=2e-3, num_train_epochs=2, eval_steps=60)
 
-# %% ../nbs/journey.ipynb #50b5f5ff
+# %% ../nbs/journey.ipynb #3f75ca77
 def quickstart_config(
     folder='.',          # receives `tickets/` with the sample data
     **settings,          # any setting, stronger than the quickstart's
 ) -> RunConfig:
     "Write the sample tickets (unless they are there) and return the settings that train on them."
+    config = make_config(**QUICKSTART | settings)
     train_csv, test_csv = write_tickets(Path(folder) / 'tickets')
-    return make_config(**{**QUICKSTART, **settings, 'data': str(train_csv), 'test_data': str(test_csv)})
+    return config.model_copy(update={'data': str(train_csv), 'test_data': str(test_csv)})
 
 # %% ../nbs/journey.ipynb #f2b4be0f
 def _weights_on_disk(
@@ -144,19 +146,31 @@ def finish(
     write_report(run, register(run), evaluation, agreement)
     return evaluation
 
-# %% ../nbs/journey.ipynb #77b05936
+# %% ../nbs/journey.ipynb #c8d138ad
+@contextmanager
+def _ctrl_c_stops(
+    run: RunFolder,          # the run being trained
+):
+    "While this lasts, Ctrl-C asks the run to stop; yields the list of such wishes. Other threads than the main one cannot be asked."
+    wishes = []
+    def wish(*_):
+        wishes.append(now())
+        append_jsonl(run.control_path, {'command': 'stop', 'value': None, 'time': now()})
+    if threading.current_thread() is not threading.main_thread(): yield wishes; return
+    before = signal.signal(signal.SIGINT, wish)
+    try: yield wishes
+    finally: signal.signal(signal.SIGINT, before)
+
+# %% ../nbs/journey.ipynb #46e3374e
 def train_here(
     run: RunFolder,          # a run with prepared data
     resume: bool = False,    # continue it
 ):                           # its `RunStatus`
-    "Start the training process and watch it to its end; Ctrl-C stops it with a checkpoint."
-    process = start(run, resume=resume)
-    try: return follow(run, process)
-    except KeyboardInterrupt:
-        if process.poll() is None: send(run, 'stop')
-        process.wait()
-        print(f'\nstopped; continue with: homelab-ft run --resume {run.path}')
-        raise
+    "Start the training process and watch it to its end; Ctrl-C stops it with a checkpoint and then raises `KeyboardInterrupt`."
+    with _ctrl_c_stops(run) as wishes: end = follow(run, start(run, resume=resume))
+    if not wishes: return end
+    print(f'\n{end}; continue with: homelab-ft run --resume {run.path}')
+    raise KeyboardInterrupt
 
 # %% ../nbs/journey.ipynb #1f1d8fe0
 def run_journey(
