@@ -50,7 +50,7 @@ def _cmd_quickstart(
 ):
     "The whole journey on the embedded model and the sample tickets."
     from homelab_ft.journey import quickstart_config, run_journey
-    settings = dict(parse_override(o) for o in args.overrides) | dict(runs_dir=args.runs_dir or 'runs', run_name=args.name, seed=args.seed)
+    settings = dict(runs_dir=args.runs_dir or 'runs', run_name=args.name, seed=args.seed) | dict(parse_override(o) for o in args.overrides)
     _print_end(run_journey(quickstart_config('.', **settings)))
 
 # %% ../nbs/cli.ipynb #972b220e
@@ -179,7 +179,7 @@ def _add_run_commands(
     quick.add_argument('--seed', type=int, default=42, help='the same seed gives the same numbers (default: 42)')
     quick.add_argument('--name', metavar='NAME', help='name of the run (default: date and time)')
     quick.add_argument('--runs-dir', metavar='DIR', help='folder of all runs (default: runs)')
-    quick.add_argument('--set', metavar='KEY=VALUE', action='append', default=[], dest='overrides', help='any setting; may be repeated')
+    quick.add_argument('--set', metavar='KEY=VALUE', action='append', default=[], dest='overrides', help='any setting but data and test_data; may be repeated')
     parsers = {name: _add(commands, name, f) for name, f in [('run', _cmd_run), ('plan', _cmd_plan), ('data', _cmd_data), ('train', _cmd_train)]}
     for parser in parsers.values(): add_settings(parser)
     for name in ('run', 'train'): parsers[name].add_argument('--resume', metavar='RUN', help='continue a run: its folder or name')
