@@ -139,7 +139,12 @@ class TrainSettings(Settings):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)                     # gradient clipping, global L2 norm
     optim: Literal['adamw_torch', 'adamw_8bit', 'paged_adamw_8bit'] = 'adamw_torch'
-    gradient_checkpointing: bool = False                        # recompute activations: less memory, about a third more time
+    gradient_checkpointing: Literal['auto'] | bool = 'auto'    # recompute layers: true all, false none, auto as few as the card allows
+    padding_free: Literal['auto'] | bool = 'auto'              # lay rows end to end instead of padding them; auto: on a card
+    packing: bool = False                                       # fill packed rows of max_length; batch sizes count those
+    torch_compile: Literal['auto'] | bool = 'auto'             # compile the decoder layers; auto: on a card
+    cuda_graph: Literal['auto'] | bool = 'auto'                # record steps and replay them; auto: on a card
+    label_smoothing_factor: float = Field(0.0, ge=0, lt=1)      # share of the target that is spread over the vocabulary
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'      # compute type; auto: bfloat16 on a card, float32 on a processor
     device: Literal['auto', 'cpu', 'cuda'] = 'auto'
     eval_steps: int = Field(0, ge=0)

@@ -80,10 +80,12 @@ def plan_run(
 ) -> tuple:                     # `(MemoryEstimate, Machine)`
     "Predict the peak memory and compare it with this machine; raises `HardwareError` if it cannot fit."
     machine = detect_machine()
-    length, share = _worst_batch(config, cache) if cache else (config.max_length, 1.0)
-    bounded = config.model_copy(update={'max_length': length, 'device': machine.device if config.device == 'auto' else config.device})
-    predicted = estimate_for(bounded, model_shape(model_path(config.model)), share)
-    if predicted.fits(machine.total_bytes, margin=0): return predicted, machine
+    length, share = _worst_batch(config, cache) if cache and not config.packing else (config.max_length, 1.0)
+    bounded = dict(max_length=length, device=machine.device if config.device == 'auto' else config.device)
+    wishes = (False, True) if config.gradient_checkpointing == 'auto' and bounded['device'] == 'cuda' else (config.gradient_checkpointing is True,)
+    for wish in wishes:
+        predicted = estimate_for(config.model_copy(update=bounded | {'gradient_checkpointing': wish}), model_shape(model_path(config.model)), share)
+        if predicted.fits(machine.total_bytes, margin=0): return predicted, machine
     raise HardwareError('this run does not fit', value=verdict(predicted, machine.total_bytes, margin=0),
                         next_step='set method=qlora, gradient_checkpointing=true, or a smaller per_device_train_batch_size or max_length')
 

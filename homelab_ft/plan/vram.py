@@ -263,7 +263,7 @@ def estimate_for(
     "The estimate for a run's settings, every row as long as `max_length`."
     automatic = 'float32' if config.device == 'cpu' else 'bfloat16'
     return estimate(shape, config.method, config.lora_r, config.target_modules, config.per_device_train_batch_size, config.max_length,
-                    config.gradient_checkpointing, config.optim, automatic if config.dtype == 'auto' else config.dtype,
+                    config.gradient_checkpointing is True, config.optim, automatic if config.dtype == 'auto' else config.dtype,
                     config.bnb_4bit_use_double_quant, label_share, config.gradient_accumulation_steps)
 
 # %% ../../nbs/plan/vram.ipynb #b3c4b33a

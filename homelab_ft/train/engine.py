@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['batch_order', 'padding_share', 'collate', 'label_positions', 'decoder_and_head', 'precision', 'label_nll',
-           'count_labels', 'accumulate', 'mean_nll']
+           'count_labels', 'accumulate', 'decoder_layers', 'Rectangles', 'mean_nll']
 
 # %% ../../nbs/train/engine.ipynb #58f2298d
 import logging
@@ -108,9 +108,24 @@ def _send(
     return tensor.pin_memory().to(device, non_blocking=True)
 
 # %% ../../nbs/train/engine.ipynb #1e2b34de
+def _head_nll(
+    head,               # output head
+    hidden,             # [n, hidden size]
+    targets,            # int64 [n]
+    label_smoothing: float,     # share of the target spread over the vocabulary
+):
+    "float32 nats [n]; without a gradient to keep, about 130 million logits at a time."
+    import torch
+    import torch.nn.functional as F
+    n = max(1, len(targets) if torch.is_grad_enabled() else 2**27 // head.weight.shape[0])
+    parts = zip(hidden.split(n), targets.split(n))
+    return torch.cat([F.cross_entropy(head(h).float(), t, reduction='none', label_smoothing=label_smoothing) for h, t in parts])
+
+# %% ../../nbs/train/engine.ipynb #bc0b8859
 def label_nll(
     model,              # causal language model, plain, quantized or with peft around it
     batch: dict,        # from `collate`; padding on the right
+    label_smoothing: float = 0.,    # share of the target spread over the vocabulary; above 0 it is no likelihood any more
 ) -> tuple:             # `(nll, rows)`: float32 nats of each learned token, and the batch row it belongs to
     "Negative log-likelihood of every learned token; the head runs at their positions only."
     import torch.nn.functional as F
@@ -118,11 +133,10 @@ def label_nll(
     rows, at = label_positions(batch['labels'])
     targets = batch['labels'][rows, at + 1]
     ids, rows, at, targets = (_send(t, device) for t in (batch['input_ids'], rows, at, targets))
-    parts = decoder_and_head(model)
+    decoder, head = decoder_and_head(model) or (None, _plain_model(model).get_output_embeddings())
     with precision(model):
-        if parts is None: logits = model(input_ids=ids, use_cache=False).logits[rows, at]
-        else: logits = parts[1](parts[0](input_ids=ids, use_cache=False).last_hidden_state[rows, at])
-    return F.cross_entropy(logits.float(), targets, reduction='none'), rows
+        if decoder: return _head_nll(head, decoder(input_ids=ids, use_cache=False).last_hidden_state[rows, at], targets, label_smoothing), rows
+        return F.cross_entropy(model(input_ids=ids, use_cache=False).logits[rows, at].float(), targets, reduction='none', label_smoothing=label_smoothing), rows
 
 # %% ../../nbs/train/engine.ipynb #43ba51af
 def count_labels(
@@ -135,14 +149,51 @@ def count_labels(
 def accumulate(
     model,              # causal language model with trainable parameters
     micro_batches: list,  # batches from `collate` that make one optimizer step
+    label_smoothing: float = 0.,    # share of the target spread over the vocabulary
 ) -> tuple:             # `(loss, n)`: nats per learned token as a detached 0-d tensor where the model is, and the number of tokens
     "Add the gradient of the mean loss over all learned tokens of all batches to the parameters' `.grad`."
     n, loss = sum(map(count_labels, micro_batches)), 0.
     for batch in micro_batches:
-        part = label_nll(model, batch)[0].sum() / max(n, 1)
+        part = label_nll(model, batch, label_smoothing)[0].sum() / max(n, 1)
         part.backward()
         loss = loss + part.detach()
     return loss, n
+
+# %% ../../nbs/train/engine.ipynb #bbe543fb
+def decoder_layers(
+    model,              # causal language model, with or without peft around it
+):                      # ModuleList, or None
+    "The layers that make up the model, where they stand in a list."
+    return getattr(getattr(_plain_model(model), 'base_model', None), 'layers', None)
+
+# %% ../../nbs/train/engine.ipynb #b100da9b
+class Rectangles:
+    "The plain step: rows padded to rectangles."
+    def __init__(self,
+        model,              # causal language model with trainable parameters
+        why: str,           # why not the fast one; kept in `paths`
+        checkpointing=False,    # True: recompute every layer
+        label_smoothing: float = 0.,    # share of the target spread over the vocabulary
+    ):
+        self.model, self.label_smoothing, self.paths = model, label_smoothing, dict(rows=why, recompute={})
+        if checkpointing is not True: return
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
+        self.paths['recompute'] = {'layer': len(decoder_layers(model) or [])}
+
+    def accumulate(self,
+        cache,              # rows of tokens: `cache.row(i)`
+        micro_batches: list,    # lists of row numbers that make one optimizer step
+    ) -> tuple:             # (loss, learned tokens), as `accumulate`
+        "Add the gradient of the mean loss over all learned tokens to `.grad`."
+        return accumulate(self.model, [collate(cache, rows, 0) for rows in micro_batches], self.label_smoothing)
+
+    def zero_grad(self):
+        "Forget the gradients."
+        self.model.zero_grad()
+
+    def evaluating(self):
+        "A context for evaluation; nothing to prepare here."
+        return nullcontext()
 
 # %% ../../nbs/train/engine.ipynb #cb769131
 def mean_nll(

@@ -73,7 +73,7 @@ def load_base(
     quiet_libraries()
     import torch
     from transformers import AutoModelForCausalLM
-    options = dict(dtype=getattr(torch, dtype), attn_implementation='sdpa', use_safetensors=True, trust_remote_code=False)
+    options = dict(dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False)
     if method == 'qlora': options['quantization_config'] = _four_bits(options['dtype'], bnb_4bit_quant_type, bnb_4bit_use_double_quant)
     if method == 'qlora' or device == 'cuda': options['device_map'] = {'': 0 if device == 'cuda' else 'cpu'}
     try: loaded = AutoModelForCausalLM.from_pretrained(model_path(model), **options)

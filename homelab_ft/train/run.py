@@ -17,7 +17,7 @@ from .checkpoint import checkpoints, prune, read_checkpoint, save_checkpoint, sw
 from .engine import mean_nll
 from .lora import adapter_tensors, attach_lora, check_targets, save_adapter, set_adapter, trainable_parameters
 from .quantize import load_base, memory_advice, model_fingerprint, peak_memory, resolve_device, resolve_dtype, weight_bytes
-from .steps import Job, State, check_optimizer, count_time, interval, make_optimizer, rate_factor, read_losses, take_step, total_steps
+from .steps import Job, State, check_optimizer, count_rows, count_time, interval, make_optimizer, rate_factor, read_losses, take_step, total_steps
 from .watch import (RunFolder, RunLock, RunStatus, cut_metrics, events, log_event, log_metrics, open_run, pending_commands,
                                     send, status, update_manifest)
 
@@ -35,7 +35,7 @@ def _evaluate(job: Job):
     read_losses(job, 0)
     s = job.state
     if job.validation is None or s.evaluated == s.step: return
-    loss = mean_nll(job.model, job.validation, batch_size=2 * job.config.per_device_train_batch_size)
+    with job.engine.evaluating(): loss = mean_nll(job.model, job.validation, batch_size=job.config.per_device_train_batch_size)
     if not math.isfinite(loss): raise RunError(f'the validation loss is no number at step {s.step}', value=loss, next_step='lower the learning rate')
     _keep_best(job, loss)
     count_time(job)
@@ -103,7 +103,7 @@ def _obey(job: Job):
 # %% ../../nbs/train/run.ipynb #3c2e10ae
 def _loop(job: Job) -> str:
     "Steps until the plan is done, the validation loss stops improving, or somebody says stop."
-    s, c, n = job.state, job.config, len(job.train)
+    s, c, n = job.state, job.config, count_rows(job.train.lengths, job.config)
     job.clock = time.monotonic()
     while s.step < s.total_steps and not job.early:
         take_step(job)
@@ -137,13 +137,12 @@ def _refuse_early(c: RunConfig) -> tuple:
 def _model(c: RunConfig, device: str, dtype: str) -> tuple:
     "Base and fresh adapter."
     base = load_base(c.model, c.method, dtype, device, c.bnb_4bit_quant_type, c.bnb_4bit_use_double_quant)
-    size, model = weight_bytes(base), attach_lora(base, c)
-    if c.gradient_checkpointing: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
-    return model, size
+    return attach_lora(base, c), weight_bytes(base)
 
 # %% ../../nbs/train/run.ipynb #38d26638
 def _load(run: RunFolder) -> Job:
     "Model, adapter, optimizer and rows, at step 0."
+    from homelab_ft.train.fast import engine_for      # imports torch
     c, began = run.config(), time.monotonic()
     train, validation = _rows(run, 'train'), _rows(run, 'validation')
     device, dtype = _refuse_early(c)
@@ -151,11 +150,12 @@ def _load(run: RunFolder) -> Job:
     trained, total = trainable_parameters(model)
     check_disk(run.path, 16 * trained * (c.save_total_limit + 2))
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], c)
-    update_manifest(run, machine=asdict(detect_machine()), device=device, dtype=dtype, base_model=model_fingerprint(c.model),
+    engine = engine_for(model, c, train, device, dtype)
+    update_manifest(run, machine=asdict(detect_machine()), device=device, dtype=dtype, engine=engine.paths, base_model=model_fingerprint(c.model),
                     training_rows=train.fingerprint, trainable_parameters=trained, parameters=total, weight_bytes=size,
                     loading_seconds=round(time.monotonic() - began, 2))
-    state = State(total_steps=total_steps(len(train), c), peak=c.learning_rate)
-    return Job(run, c, model, optimizer, train, validation, state, EnergyMeter(c.assumed_watts))
+    state = State(total_steps=total_steps(count_rows(train.lengths, c), c), peak=c.learning_rate)
+    return Job(run, c, model, engine, optimizer, train, validation, state, EnergyMeter(c.assumed_watts))
 
 # %% ../../nbs/train/run.ipynb #46ef2fd3
 def _restore(job: Job):

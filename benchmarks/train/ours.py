@@ -1,0 +1,47 @@
+"One case of homelab_ft in a process of its own: python ours.py MODEL METHOD KIND ROWS GIB [option=value ...]"
+import sys
+
+import torch
+from homelab_ft.core import make_config
+from homelab_ft.train import fast, packing
+from homelab_ft.train.lora import attach_lora
+from homelab_ft.train.quantize import load_base
+from workload import LENGTH, Data, Meter, fail, limit_card, say
+
+
+def packed_steps(data, rows):
+    "Packed rows of 2048 tokens, `rows` of them a step, and the one shape that holds every step."
+    packs = [[i] for i in range(len(data))] if (data.lengths == LENGTH).all() else packing.pack_order(data.lengths, LENGTH, 0, 0)
+    steps = [[r for pack in packs[i:i + rows] for r in pack] for i in range(0, len(packs) - rows + 1, rows)]
+    learned = max(sum(int(data.row(r)[1][1:].sum()) for r in step) for step in steps)
+    return steps, (rows * LENGTH, packing.round_up(learned, 128), packing.round_up(max(map(len, steps)) + rows, 8))
+
+
+def main(path, method, kind, rows, gib, *options):
+    settings = dict(o.split('=') for o in options)
+    about = dict(who='homelab_ft', method=method, kind=kind, rows=rows, limit_gib=gib, **settings)
+    try:
+        limit_card(gib)
+        data = Data(kind, 128000)
+        steps, shape = packed_steps(data, rows)
+        model = attach_lora(load_base(path, method, 'bfloat16', 'cuda'), make_config(method=method))
+        chosen = fast.Options(longest=LENGTH, budget=rows * LENGTH, fixed=shape, **{k: {'True': True, 'False': False}.get(v, v) for k, v in settings.items()})
+        step = fast.prepare(model, chosen)
+        meter, optimizer = Meter(), torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+        for chosen in steps * 100:
+            meter.begin()
+            step.accumulate(data, [chosen])
+            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+            optimizer.step()
+            step.zero_grad()
+            if meter.end(int(data.lengths[chosen].sum())): break
+        say(meter.row(**about, paths=vars(step.paths)))
+    except Exception as e:
+        import traceback
+        traceback.print_exc()
+        fail(e, **about)
+
+
+if __name__ == '__main__':
+    path, method, kind, rows, gib, *options = sys.argv[1:]
+    main(path, method, kind, int(rows), float(gib), *options)

@@ -1,0 +1,196 @@
+"The fast step against the plain one: whole models, whole runs, and what is refused."
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from homelab_ft.core import ConfigError, HardwareError, make_config
+from homelab_ft.data.tokenize import make_cache, save_cache
+from homelab_ft.files import read_jsonl
+from homelab_ft.train import fast, fit, run as training
+from homelab_ft.train.engine import Rectangles
+from homelab_ft.train.fast import Options, Rows, prepare
+from homelab_ft.train.watch import create_run, status
+
+SIZES = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+MODELS = {'llama': lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), 'qwen3': lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+          'mistral, window of 8': lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)),
+          'gemma3, windows of 8': lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, sliding_window=8, sliding_window_pattern=2))}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def adapted(base, **settings):
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules='all-linear', task_type='CAUSAL_LM', **settings)).train()
+    for name, p in model.named_parameters():
+        if 'lora_B' in name: torch.nn.init.normal_(p, std=0.05)
+    return model
+
+
+def rows(n=14, vocab=320, seed=0):
+    draw = np.random.default_rng(seed)
+    made = [(draw.integers(0, vocab, k).tolist(), [0] + draw.integers(0, 2, k - 2).tolist() + [1]) for k in draw.integers(3, 40, n)]
+    return make_cache(made, range(n))
+
+
+def gradient(step, cache, micro): return fit.gradient_of(step.model, lambda: step.accumulate(cache, micro)[0])
+
+
+def apart(a, b): return float((a[1] - b[1]).norm() / b[1].norm())
+
+
+@pytest.mark.parametrize('smoothing', [0., 0.1])
+@pytest.mark.parametrize('kind', MODELS)
+def test_parity_of_a_step_with_the_plain_one(kind, smoothing):
+    torch.manual_seed(0)
+    model, cache, micro = adapted(MODELS[kind]()), rows(), [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13]]
+    plain = gradient(Rectangles(model, 'plain', label_smoothing=smoothing), cache, micro)
+    step = prepare(model, Options(longest=40, budget=90, grain=16, label_smoothing=smoothing))
+    assert isinstance(step, Rows), step.paths
+    assert apart(gradient(step, cache, micro), plain) < 1e-5 and step.paths['lora'] == 'on'
+    for levels in (['layer'] * 3, ['mlp'] * 3, ['keep', 'mlp', 'offload']):
+        step.set_levels(levels)
+        assert apart(gradient(step, cache, micro), plain) < 1e-5
+    step.restore()
+    assert apart(gradient(Rectangles(model, 'plain', label_smoothing=smoothing), cache, micro), plain) == 0
+
+
+@pytest.mark.parametrize('settings', [dict(use_rslora=True), dict(use_dora=True), dict(lora_bias=True)], ids=str)
+def test_parity_with_every_kind_of_adapter(settings):
+    torch.manual_seed(0)
+    model, cache, micro = adapted(MODELS['llama'](), **settings), rows(), [list(range(14))]
+    plain = gradient(Rectangles(model, 'plain'), cache, micro)
+    step = prepare(model, Options(longest=40, budget=90, grain=16))
+    assert apart(gradient(step, cache, micro), plain) < 1e-5
+    assert (step.paths['lora'] == 'on') == ('use_rslora' in settings)
+
+
+def test_parity_in_bfloat16_is_no_further_from_float32_than_the_plain_step():
+    torch.manual_seed(0)
+    base, cache, micro = MODELS['llama'](), rows(40), [list(range(40))]
+    wide = adapted(base)
+    state = {k: v.clone() for k, v in wide.state_dict().items()}
+    exact = gradient(Rectangles(wide, 'float32'), cache, micro)
+    half = adapted(MODELS['llama']().to(torch.bfloat16))
+    half.load_state_dict(state)
+    for p in half.parameters():
+        if p.requires_grad: p.data = p.data.float()
+    plain = gradient(Rectangles(half, 'plain'), cache, micro)
+    step = prepare(half, Options(longest=40, budget=400, grain=16))
+    assert step.paths['lora'] == 'on' and apart(gradient(step, cache, micro), exact) <= 1.1 * apart(plain, exact)
+
+
+def test_a_loss_that_is_added_up_over_steps_starts_anew():
+    torch.manual_seed(0)
+    model, cache = adapted(MODELS['llama']()), rows()
+    step = prepare(model, Options(longest=40, budget=90, grain=16))
+    first = step.accumulate(cache, [[0, 1]])
+    again = step.accumulate(cache, [[0, 1]])
+    assert float(first[0]) == float(again[0]) and first[1] == again[1] == sum(int(cache.row(i)[1][1:].sum()) for i in (0, 1))
+
+
+def test_out_of_memory_with_everything_recomputed_is_raised(monkeypatch):
+    torch.manual_seed(0)
+    model, cache = adapted(MODELS['llama']()), rows()
+    step = prepare(model, Options(longest=40, budget=90, grain=16, checkpointing=True))
+    def full(*_): raise torch.OutOfMemoryError('a card that is full')
+    monkeypatch.setattr(step, 'one_pass', full)
+    with pytest.raises(torch.OutOfMemoryError): step.accumulate(cache, [[0, 1]])
+
+
+def test_a_pass_that_fits_in_no_way_is_refused_with_advice(monkeypatch):
+    torch.manual_seed(0)
+    step = prepare(adapted(MODELS['llama']()), Options(longest=40, budget=90, grain=16))
+    monkeypatch.setattr(fit, 'memory_limit', lambda *_: 2**20)
+    monkeypatch.setattr(fit, 'fit_levels', lambda *_: 0)
+    with pytest.raises(HardwareError, match='cannot hold one pass') as e: fast._fit(step, None)
+    assert 'per_device_train_batch_size' in str(e.value) and '90 tokens' in str(e.value)
+
+
+def test_compilation_that_fails_or_lies_is_left_out(monkeypatch):
+    torch.manual_seed(0)
+    step = prepare(adapted(MODELS['llama']()), Options(longest=40, budget=90, grain=16))
+    cache, fitted = rows(), []
+    monkeypatch.setattr(fast, '_fit', lambda step, once: (fitted.append(step.run), step.set_levels(['keep'] * 3)))
+    once = lambda: step.accumulate(cache, [[0, 1, 2]])[0]
+    monkeypatch.setattr(fast.recompute, 'compiled', lambda layers: lambda layer, h, *a, **k: type(layer).forward(layer, h * 0.5, *a, **k))
+    fast._compiled_fit(step, once)
+    assert 'away from the plain one' in step.paths['compile'] and step.run is None and len(fitted) == 2
+    def unsupported(*_, **__): raise torch._dynamo.exc.Unsupported('no such thing\nmore')
+    monkeypatch.setattr(fast.recompute, 'compiled', lambda layers: unsupported)
+    monkeypatch.setattr(fast, '_fit', lambda step, once: (step.set_levels(['keep'] * 3), once()))
+    fast._compiled_fit(step, once)
+    assert step.paths['compile'] == 'no such thing' and step.run is None
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('model')
+    MODELS['llama']().save_pretrained(path)
+    return str(path)
+
+
+def run_with(tmp_path, folder, name, **settings):
+    config = make_config(**dict(model=folder, run_name=name, device='cpu', lora_r=4, learning_rate=1e-2, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+                                max_length=64, max_steps=12, eval_steps=6, save_steps=5) | settings)
+    run = create_run(config, tmp_path)
+    run.data_path.mkdir()
+    save_cache(rows(60), run.data_path / 'train.safetensors')
+    save_cache(rows(10, seed=1), run.data_path / 'validation.safetensors')
+    training.train(run)
+    return [r['loss'] for r in read_jsonl(run.metrics_path)], json.loads(run.manifest_path.read_text())['engine'], run
+
+
+def test_parity_of_whole_runs_with_fast_paths_on_and_off(tmp_path, folder):
+    plain, paths, _ = run_with(tmp_path, folder, 'plain')
+    assert paths['rows'] == 'float32 on cpu'
+    quick, paths, _ = run_with(tmp_path, folder, 'fast', padding_free=True)
+    assert (paths['rows'], paths['lora'], paths['compile']) == ('on', 'on', 'no card')
+    assert np.abs(np.array(plain) - quick).max() < 1e-4 and len(plain) == 14
+    again, paths, _ = run_with(tmp_path, folder, 'recomputed', padding_free=True, gradient_checkpointing=True)
+    assert paths['recompute'] == {'layer': 3} and np.abs(np.array(plain) - again).max() < 1e-4
+
+
+def test_packed_runs_count_packed_rows(tmp_path, folder):
+    losses, paths, run = run_with(tmp_path, folder, 'packed', packing=True, max_steps=0, num_train_epochs=2)
+    n = -(-status(run).total_steps // 2)
+    assert paths['rows'] == 'on' and status(run).state == 'finished' and n * 8 * 64 >= rows(60).lengths.sum() > (n - 1) * 8 * 64 * 0.8
+    assert np.isfinite(losses).all()
+
+
+def test_packing_is_refused_by_name_where_rows_would_see_their_neighbours(tmp_path):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+    torch.manual_seed(0)
+    Gemma2ForCausalLM(Gemma2Config(**SIZES)).save_pretrained(tmp_path / 'gemma2')
+    with pytest.raises(ConfigError, match='softcap'): run_with(tmp_path, str(tmp_path / 'gemma2'), 'no', packing=True)
+    losses, paths, _ = run_with(tmp_path, str(tmp_path / 'gemma2'), 'yes')
+    assert np.isfinite(losses).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a card')
+@pytest.mark.parametrize('method', ['lora', 'qlora'])
+def test_parity_on_a_card_with_everything_on(method, tmp_path):
+    from homelab_ft.train.lora import attach_lora
+    from homelab_ft.train.quantize import load_base
+    torch.manual_seed(0)
+    big = SIZES | dict(hidden_size=512, intermediate_size=1024, head_dim=64, num_attention_heads=8)
+    LlamaForCausalLM(LlamaConfig(**big)).to(torch.bfloat16).save_pretrained(tmp_path)
+    model, cache = attach_lora(load_base(str(tmp_path), method, 'bfloat16', 'cuda'), make_config(method=method)), rows(40)
+    micro = [list(range(20)), list(range(20, 40))]
+    plain = gradient(Rectangles(model, 'plain'), cache, micro)
+    step = prepare(model, Options(longest=40, budget=256, grain=64))
+    assert [step.paths[k] for k in ('rows', 'lora', 'loss', 'compile', 'graph')] == ['on'] * 5
+    step.zero_grad()
+    total, _ = step.accumulate(cache, micro)
+    found = float(total), torch.cat([p.grad.reshape(-1) for p in step.parameters])
+    assert apart(found, plain) < 0.06

@@ -1,0 +1,359 @@
+"Levels of recomputation: parity with the plain model, what is kept, what is refused."
+import gc, weakref
+
+import pytest
+import torch
+import torch._dynamo.testing, torch._functorch.config
+from hypothesis import given, settings, strategies as st
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from homelab_ft.train.recompute import LEVELS, Offloaded, Recompute, Shelf, Tiled, restore, set_levels
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no card')
+MIXTURE = ['keep', 'mlp', 'layer', 'offload']
+
+
+def toy(device='cpu'):
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=224, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=8)
+    return LlamaForCausalLM(config).train().to(device)
+
+
+def quantize(model, dtype=torch.float32):
+    "Every linear layer but the head in NF4, as bitsandbytes keeps it in host memory."
+    bnb = pytest.importorskip('bitsandbytes')
+    for name, module in list(model.model.named_modules()):
+        if not isinstance(module, torch.nn.Linear): continue
+        new = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=dtype, quant_type='nf4')
+        new.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type='nf4', module=new)._quantize('cpu')
+        new.support_avx512bf16_for_cpu = False
+        parent, _, child = name.rpartition('.')
+        setattr(model.model.get_submodule(parent), child, new)
+    return model
+
+
+def adapters(model, **kw):
+    "The model with adapters over frozen weights, whose second matrix is not zero."
+    peft = pytest.importorskip('peft')
+    model.requires_grad_(False)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=['q_proj', 'v_proj', 'gate_proj', 'up_proj', 'down_proj'], **kw)).train()
+    for name, p in model.named_parameters():
+        if 'lora_B' in name: torch.nn.init.normal_(p, std=.02)
+    return model
+
+
+def gradients(model, seed=0, tokens=24):
+    model.zero_grad()
+    device = next(model.parameters()).device
+    ids = torch.randint(0, 96, (2, tokens), generator=torch.Generator().manual_seed(1)).to(device)
+    torch.manual_seed(seed)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+def distance(a, b): return max(((x - y).norm() / y.norm()).item() for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope='module')
+def model(): return toy()
+
+
+@pytest.fixture(scope='module')
+def plain(model): return gradients(model)
+
+
+@given(st.lists(st.sampled_from(LEVELS), min_size=4, max_size=4), st.sampled_from([0, 0, 1, 5, 8, 23, 24, 100]))
+@settings(max_examples=40, deadline=None)
+def test_parity_of_any_levels_and_tiles(model, plain, levels, tile):
+    set_levels(model.model.layers, levels, tile=tile)
+    assert distance(gradients(model), plain) <= 1e-5
+    restore(model.model.layers)
+    assert not any('forward' in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize('backend, levels, tile', [('aot_eager_decomp_partition', MIXTURE, 0), ('aot_eager', MIXTURE, 7)])
+def test_parity_compiled(model, plain, backend, levels, tile):
+    "The compiler's planner with every level, and the interrupted program that tiles need; generated code is compared on a card, where it is quick to make."
+    torch._dynamo.reset()
+    layers = model.model.layers
+    with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
+        set_levels(layers, levels, torch.compile(type(layers[0]).forward, backend=backend, fullgraph=not tile), tile=tile)
+        far = distance(gradients(model), plain)
+    restore(layers)
+    torch._dynamo.reset()
+    assert far <= 1e-5
+
+
+@pytest.mark.parametrize('level', ['keep', 'mlp'])
+def test_all_layers_of_a_level_share_one_program(model, level):
+    torch._dynamo.reset()
+    layers, counter = model.model.layers, torch._dynamo.testing.CompileCounterWithBackend('eager')
+    set_levels(layers, [level] * 4, torch.compile(type(layers[0]).forward, backend=counter, fullgraph=True))
+    for _ in range(2): gradients(model)
+    restore(layers)
+    torch._dynamo.reset()
+    assert counter.frame_count == 1
+
+
+def test_parity_compiled_with_dropout():
+    "The program without gradients and the one with them must draw the same numbers."
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    a, b, drop = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16), torch.nn.Dropout(.4)
+    run, got = torch.compile(lambda x: x + drop(b(torch.tanh(drop(a(drop(x)))))), backend='aot_eager_decomp_partition', fullgraph=True), []
+    for f in (run, lambda x: Recompute.apply(x, run, None)):
+        torch.manual_seed(3)
+        x = torch.randn(10, 16).requires_grad_()
+        a.zero_grad(), b.zero_grad()
+        f(x).sum().backward()
+        got.append([x.grad] + [p.grad.clone() for m in (a, b) for p in m.parameters()])
+    torch._dynamo.reset()
+    assert distance(*got) <= 1e-5
+
+
+@pytest.mark.parametrize('make', [toy, lambda: quantize(toy())], ids=['float32', 'nf4'])
+def test_parity_of_adapters_over_frozen_embeddings(make):
+    "The first layer's input requires no gradient; its adapters must get theirs."
+    model = adapters(make())
+    layers, want = model.get_base_model().model.layers, gradients(model)
+    for levels, tile in [([level] * 4, 0) for level in LEVELS] + [(MIXTURE[::-1], 5)]:
+        set_levels(layers, levels, tile=tile)
+        assert distance(gradients(model), want) <= 1e-5
+
+
+@pytest.mark.parametrize('levels', [['mlp'] * 4, ['layer'] * 4, MIXTURE], ids=' '.join)
+def test_parity_with_dropout_in_adapters_and_attention(levels):
+    model = adapters(toy(), lora_dropout=.3)
+    model.get_base_model().config._attn_implementation = 'eager'
+    layers = model.get_base_model().model.layers
+    for layer in layers: layer.self_attn.attention_dropout = .2
+    want = gradients(model, seed=5)
+    set_levels(layers, levels)
+    assert distance(gradients(model, seed=5), want) <= 1e-5
+    assert distance(gradients(model, seed=6), want) > .1
+    state = torch.get_rng_state()
+    gradients(model, seed=5)
+    assert not torch.equal(state, torch.get_rng_state())
+
+
+def test_a_second_run_leaves_the_random_numbers_alone():
+    x = torch.ones(4, requires_grad=True)
+    y = Recompute.apply(x, lambda x: torch.nn.functional.dropout(x, .5), None)
+    state = torch.get_rng_state()
+    y.sum().backward()
+    assert torch.equal(state, torch.get_rng_state()) and torch.equal(x.grad, y)
+
+
+def test_tiles_with_dropout_strike_out_the_same_values_again():
+    x = torch.ones(2, 11, 3, requires_grad=True)
+    y = Tiled.apply(x, lambda x: torch.nn.functional.dropout(x, .5), 4)
+    y.sum().backward()
+    assert torch.equal(x.grad, y) and 0 < (y == 0).sum() < y.numel()
+
+
+@pytest.mark.parametrize('inside', [False, True], ids=['backward after autocast', 'backward within'])
+def test_parity_under_autocast(model, inside):
+    "The second run must be in the precision of the first, and its weights must not come from the first run's cache."
+    layers, x = model.model.layers, torch.randn(2, 24, 64, generator=torch.Generator().manual_seed(0))
+    rotary = model.model.rotary_emb(x, torch.arange(24)[None])
+
+    def run():
+        model.zero_grad()
+        h = x.clone().requires_grad_()
+        with torch.autocast('cpu', torch.bfloat16):
+            y = h
+            for layer in layers: y = layer(y, position_embeddings=rotary)
+            if inside: y.float().square().sum().backward()
+        if not inside: y.float().square().sum().backward()
+        return [h.grad] + [p.grad.clone() for p in layers.parameters()]
+
+    want = run()
+    for levels, tile in ((['layer'] * 4, 0), (MIXTURE, 0), (['keep'] * 4, 24)):
+        set_levels(layers, levels, tile=tile)
+        assert distance(run(), want) <= 1e-5
+    set_levels(layers, MIXTURE, tile=9)
+    assert distance(run(), want) <= .02                   # sums over tiles round differently in bfloat16
+    restore(layers)
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 3))
+@settings(max_examples=40, deadline=None)
+def test_parity_of_tiles_that_never_hold_more_than_they_may(tokens, tile, rows):
+    torch.manual_seed(0)
+    mlp, seen = torch.nn.Sequential(torch.nn.Linear(6, 20), torch.nn.SiLU(), torch.nn.Linear(20, 6)), []
+    mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    x = torch.randn(rows, tokens, 6, requires_grad=True)
+    y = mlp(x)
+    want = torch.autograd.grad(y.square().sum(), [x, *mlp.parameters()])
+    seen.clear()
+    z = Tiled.apply(x, mlp, tile)
+    z.square().sum().backward()
+    assert torch.allclose(y, z, atol=1e-6) and distance([x.grad, *(p.grad for p in mlp.parameters())], want) <= 1e-5
+    assert max(seen) <= tile and sum(seen) == 2 * tokens
+
+
+def test_tiles_take_the_type_that_the_mlp_gives():
+    x = torch.randn(1, 5, 3, requires_grad=True)
+    assert Tiled.apply(x, lambda x: x.double() * 2, 2).dtype == torch.float64
+    assert Tiled.apply(x, lambda x: x.sum(-1, keepdim=True), 2).shape == (1, 5, 1)
+
+
+@pytest.mark.parametrize('level, times', [('keep', 1), ('mlp', 1), ('layer', 2), ('offload', 2)])
+def test_a_recomputed_layer_runs_twice_and_only_with_gradients(model, level, times):
+    layers, calls = model.model.layers, []
+    hook = layers[2].self_attn.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    set_levels(layers, [level] * 4)
+    gradients(model)
+    assert len(calls) == times and calls[-1]
+    calls.clear()
+    with torch.no_grad(): out = model(input_ids=torch.ones(1, 5, dtype=torch.long)).logits
+    restore(layers)
+    with torch.no_grad(): assert torch.equal(out, model(input_ids=torch.ones(1, 5, dtype=torch.long)).logits)
+    assert calls == [False, False]
+    hook.remove()
+
+
+def kept(layer, level, run=None, tokens=48):
+    "Values per token that wait for a layer's backward pass, parameters aside."
+    set_levels([layer], [level], run)
+    found, weights = {}, {p.data_ptr() for p in layer.parameters()}
+    x, rotary = torch.randn(1, tokens, 64, requires_grad=True), (torch.randn(1, tokens, 8), torch.randn(1, tokens, 8))
+    with saved_tensors_hooks(lambda t: found.setdefault(t.data_ptr(), t), lambda t: t): layer(x, position_embeddings=rotary)
+    restore([layer])
+    return sum(t.numel() for at, t in found.items() if at not in weights) / tokens
+
+
+def test_a_layer_keeps_what_its_level_says():
+    layer = toy().model.layers[0]
+    assert (kept(layer, 'layer'), kept(layer, 'offload')) == (64, 0)
+    torch._dynamo.reset()
+    with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
+        run = torch.compile(type(layer).forward, backend='aot_eager_decomp_partition', fullgraph=True)
+        got = [kept(layer, level, run) for level in LEVELS]
+    torch._dynamo.reset()
+    counted, small = 47_104 / 64, 8 + 8 + 2 + 8           # cosine and sine, two norms' factors, one number per head
+    assert got == [counted + small, counted + small - 448, 64, 0]
+
+
+def test_a_shelf_serves_two_passes_in_any_order():
+    w = torch.tensor(3., requires_grad=True)
+    for order in ((0, 1), (1, 0)):
+        shelf, outs, xs = Shelf(), [], [torch.tensor(2., requires_grad=True), torch.tensor(5., requires_grad=True)]
+        for x in xs:
+            for _ in range(3): x = Recompute.apply(x, lambda h: h * w, shelf)
+            outs.append(x)
+        for i in order: outs[i].backward()
+        assert [x.grad.item() for x in xs] == [27, 27]
+
+
+def test_inputs_of_a_pass_that_broke_off_vanish_with_it(model):
+    shelf, w = Shelf(), torch.tensor(3., requires_grad=True)
+    y = Recompute.apply(torch.tensor(2., requires_grad=True), lambda h: h * w, shelf)
+    left = shelf.last
+    assert left().host.item() == 2
+    del y
+    gc.collect()
+    assert left() is None
+    Recompute.apply(torch.tensor(2., requires_grad=True), lambda h: h * w, shelf).backward()
+    assert w.grad.item() == 2
+
+
+def test_one_forward_pass_allows_one_backward_pass():
+    y = Recompute.apply(torch.tensor(2., requires_grad=True), lambda h: h * h, Shelf())
+    y.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match='one backward pass at level offload'): y.backward()
+
+
+def test_offloaded_is_a_copy_and_fetching_twice_is_once():
+    x = torch.arange(4.)
+    away = Offloaded(x)
+    x.fill_(-1)
+    away.fetch()
+    first = away.get()
+    away.fetch()
+    assert away.get() is first and first.tolist() == [0, 1, 2, 3]
+
+
+def test_taking_an_input_fetches_the_one_before():
+    shelf = Shelf()
+    items = [shelf.put(torch.tensor(float(i))) for i in range(3)]
+    assert shelf.take(items[2]).item() == 2 and items[1].card is not None and items[0].card is None
+    assert items[2].host is items[2].card is None
+    assert [shelf.take(items[i]).item() for i in (1, 0)] == [1, 0]
+
+
+@pytest.mark.parametrize('levels, tile, words', [(['keep', 'kept', 'mlp', 'layer'], 0, "level 'kept' is not known; allowed: keep, mlp, layer, offload"),
+                                                 (['keep'] * 3, 0, '3 levels for 4 layers'), (['keep'] * 4, -5, 'tile is -5')])
+def test_nonsense_is_refused_and_changes_nothing(model, levels, tile, words):
+    set_levels(model.model.layers, ['layer'] * 4)
+    before = [layer.forward for layer in model.model.layers]
+    with pytest.raises(ValueError, match=words): set_levels(model.model.layers, levels, tile=tile)
+    assert [layer.forward for layer in model.model.layers] == before
+    restore(model.model.layers)
+
+
+def test_a_model_can_be_freed_while_its_levels_are_set():
+    model = toy()
+    set_levels(model.model.layers, MIXTURE)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+# ---------------------------------------------------------------- with a card
+
+
+@cuda
+@pytest.mark.parametrize('levels', [[level] * 4 for level in LEVELS] + [MIXTURE], ids=' '.join)
+@pytest.mark.parametrize('tile', [0, 300])
+def test_parity_on_a_card(levels, tile):
+    model = toy('cuda')
+    want = gradients(model, tokens=1024)
+    set_levels(model.model.layers, levels, tile=tile)
+    for _ in range(3): assert distance(gradients(model, tokens=1024), want) <= 1e-4
+
+
+@cuda
+def test_parity_compiled_on_a_card():
+    torch._dynamo.reset()
+    model = toy('cuda')
+    layers, want = model.model.layers, gradients(model, tokens=1024)
+    with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
+        set_levels(layers, MIXTURE, torch.compile(type(layers[0]).forward, fullgraph=True))
+        for _ in range(3): assert distance(gradients(model, tokens=1024), want) <= 1e-4
+    torch._dynamo.reset()
+
+
+@cuda
+def test_parity_with_dropout_on_a_card():
+    model = adapters(toy('cuda'), lora_dropout=.3)
+    layers, want = model.get_base_model().model.layers, gradients(model, seed=5)
+    set_levels(layers, MIXTURE)
+    assert distance(gradients(model, seed=5), want) <= 1e-4
+
+
+@cuda
+def test_an_offloaded_tensor_comes_back_to_the_last_bit_though_its_place_is_used_again():
+    for _ in range(20):
+        x = torch.randn(2048, 2048, device='cuda')
+        want, away = x.clone(), Offloaded(x)
+        assert away.host.is_pinned()
+        del x
+        torch.full((2048, 2048), 7., device='cuda')
+        assert torch.equal(away.get(), want)
+
+
+@cuda
+def test_inputs_at_level_offload_leave_the_card():
+    model, left = toy('cuda'), {}
+    ids = torch.zeros(1, 4096, dtype=torch.long, device='cuda')
+    for level in ('layer', 'offload'):
+        set_levels(model.model.layers, [level] * 4)
+        before = torch.cuda.memory_allocated()
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        torch.cuda.synchronize()
+        left[level] = torch.cuda.memory_allocated() - before
+        del hidden
+    assert left['layer'] - left['offload'] >= 3 * 4096 * 64 * 4
