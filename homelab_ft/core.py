@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # %% ../nbs/00_core.ipynb #761bc276
 KiB, MiB, GiB = 2**10, 2**20, 2**30   # binary: memory
@@ -91,7 +91,7 @@ class Example:
 # %% ../nbs/00_core.ipynb #4879adb8
 class Settings(BaseModel):
     "Base of all settings: unknown names are refused and assignments are checked."
-    model_config = ConfigDict(extra='forbid', validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(extra='forbid', validate_assignment=True, allow_inf_nan=False, protected_namespaces=())
 
 # %% ../nbs/00_core.ipynb #9768fb18
 class DataSettings(Settings):
@@ -117,11 +117,14 @@ class DataSettings(Settings):
 # %% ../nbs/00_core.ipynb #cf274bfa
 class MethodSettings(Settings):
     "How the model is adapted."
-    method: Literal['lora', 'qlora'] = 'lora'                   # `qlora`: frozen weights in 4 bits
+    method: Literal['lora', 'int8', 'qlora'] = 'lora'           # `int8`, `qlora`: frozen weights in 8 or in 4 bits
     lora_r: int = Field(16, ge=1, le=1024)                      # rank
     lora_alpha: float = Field(32, gt=0)                         # the update is scaled by lora_alpha / lora_r
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = 'all-linear'              # or names such as `q_proj`
+    use_rslora: bool = False                                    # scale the update by lora_alpha / sqrt(lora_r)
+    use_dora: bool = False                                      # learn the length of each output's weights apart from their direction
+    loraplus_lr_ratio: float = Field(1.0, ge=1)                 # learning rate of the B matrices, as a multiple of the A matrices'
     bnb_4bit_quant_type: Literal['nf4', 'fp4'] = 'nf4'
     bnb_4bit_use_double_quant: bool = True                      # quantize the quantization constants too
 
@@ -134,17 +137,22 @@ class TrainSettings(Settings):
     per_device_train_batch_size: int = Field(8, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     learning_rate: float = Field(2e-4, gt=0, lt=1)
-    lr_scheduler_type: Literal['cosine', 'linear', 'constant'] = 'cosine'
-    warmup_ratio: float = Field(0.03, ge=0, lt=1)               # share of the steps
+    lr_scheduler_type: Literal['cosine', 'linear', 'constant', 'constant_with_warmup', 'inverse_sqrt'] = 'cosine'
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)               # share of the steps; `constant` has no warm-up
+    warmup_steps: int = Field(0, ge=0)                          # above 0: instead of warmup_ratio
     weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)                  # how slowly the mean of the gradients forgets
+    adam_beta2: float = Field(0.999, ge=0, lt=1)                # how slowly the mean of their squares forgets
+    adam_epsilon: float = Field(1e-8, gt=0)                     # added to the divisor
     max_grad_norm: float = Field(1.0, gt=0)                     # gradient clipping, global L2 norm
-    optim: Literal['adamw_torch', 'adamw_8bit', 'paged_adamw_8bit'] = 'adamw_torch'
+    optim: Literal['adamw_torch', 'adamw_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit'] = 'adamw_torch'
     gradient_checkpointing: Literal['auto'] | bool = 'auto'    # recompute layers: true all, false none, auto as few as the card allows
     padding_free: Literal['auto'] | bool = 'auto'              # lay rows end to end instead of padding them; auto: on a card
     packing: bool = False                                       # fill packed rows of max_length; batch sizes count those
     torch_compile: Literal['auto'] | bool = 'auto'             # compile the decoder layers; auto: on a card
     cuda_graph: Literal['auto'] | bool = 'auto'                # record steps and replay them; auto: on a card
     label_smoothing_factor: float = Field(0.0, ge=0, lt=1)      # share of the target that is spread over the vocabulary
+    neftune_noise_alpha: float = Field(0.0, ge=0)               # noise on the embeddings while training; 0: none
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'      # compute type; auto: bfloat16 on a card, float32 on a processor
     device: Literal['auto', 'cpu', 'cuda'] = 'auto'
     eval_steps: int = Field(0, ge=0)
@@ -166,18 +174,47 @@ class ReportSettings(Settings):
     run_name: str | None = None                                 # folder under runs_dir; a date and time if empty
     runs_dir: str = 'runs'
 
+# %% ../nbs/00_core.ipynb #d0c420b4
+def _contradiction(
+    c,               # all settings
+) -> ConfigError:    # or None
+    "The first pair of settings that cannot hold together."
+    flat = [name for name in ('packing', 'torch_compile', 'cuda_graph') if getattr(c, name) is True]
+    if flat and c.padding_free is False:
+        return ConfigError(f'{flat[0]}=true needs rows that lie end to end', value='padding_free=false', allowed='padding_free=auto or true',
+                           next_step=f'leave out padding_free, or set {flat[0]}=false')
+    if c.use_dora and c.method == 'int8':
+        return ConfigError('use_dora does not go with 8-bit weights', value='method=int8', allowed='method=lora or qlora', next_step='set method=qlora or use_dora=false')
+    if c.warmup_steps and c.lr_scheduler_type == 'constant':
+        return ConfigError('the schedule constant has no warm-up', value=f'warmup_steps={c.warmup_steps}', allowed='warmup_steps=0',
+                           next_step='set lr_scheduler_type=constant_with_warmup')
+
 # %% ../nbs/00_core.ipynb #2aad052a
 class RunConfig(DataSettings, MethodSettings, TrainSettings, ReportSettings):
-    "Everything needed to repeat a run. Flat: the groups are only for reading."
+    "Everything needed to repeat a run. Flat: the groups are only for reading. Contradictions are a `ConfigError`."
+    @model_validator(mode='after')
+    def _no_contradiction(self):
+        "pydantic calls this after every change."
+        if problem := _contradiction(self): raise problem
+        return self
 
 # %% ../nbs/00_core.ipynb #f35a5525
-def _setting_error(
-    problem: dict,   # one entry of pydantic's `ValidationError.errors()`
+def _value_error(
+    problems: list,  # pydantic's words on one setting
+    name: str,       # of the setting
 ) -> ConfigError:
-    "One pydantic problem in our words."
-    name = '.'.join(str(p) for p in problem['loc'])
-    if problem['type'] != 'extra_forbidden':
-        return ConfigError(f"{name}: {problem['msg'].lower()}", value=repr(problem['input']), next_step=f'set {name} to an allowed value')
+    "A value that is not allowed."
+    value, said = problems[0]['input'], '; or '.join(dict.fromkeys(p['msg'].lower() for p in problems))
+    near = near_matches(value, re.findall(r"'([^']*)'", str(problems[0].get('ctx', {}).get('expected', ''))))
+    return ConfigError(f'{name}: {said}', value=repr(value), next_step=f'did you mean {near[0]}?' if near else f'set {name} to an allowed value')
+
+# %% ../nbs/00_core.ipynb #aba37deb
+def _setting_error(
+    problems: list,  # pydantic's `ValidationError.errors()`
+) -> ConfigError:
+    "The first problem in our words."
+    name = str(problems[0]['loc'][0])
+    if problems[0]['type'] != 'extra_forbidden': return _value_error([p for p in problems if p['loc'][0] == name], name)
     near = near_matches(name, RunConfig.model_fields)
     return ConfigError('unknown setting', value=name, allowed=', '.join(near or sorted(RunConfig.model_fields)),
                        next_step=f'did you mean {near[0]}?' if near else 'remove it or use one of the names above')
@@ -188,7 +225,7 @@ def make_config(
 ) -> RunConfig:
     "A checked `RunConfig`; raises `ConfigError` naming the setting, the value seen and what is allowed."
     try: return RunConfig(**settings)
-    except ValidationError as e: raise _setting_error(e.errors()[0]) from None
+    except ValidationError as e: raise _setting_error(e.errors()) from None
 
 # %% ../nbs/00_core.ipynb #091563fc
 def parse_override(

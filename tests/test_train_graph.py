@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from homelab_ft.train.graph import StepGraph, why_not_replay
-from homelab_ft.train.recompute import Offloaded, Recompute
+from homelab_ft.train.recompute import Recompute
+from homelab_ft.train.shelf import Offloaded
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no card')
 TYPES = [torch.int64, torch.int32, torch.float32]

@@ -185,12 +185,12 @@ def test_opcheck(kind, double):
     rest = weight, constants, 64 if kind else 0, kind, [64, 128]
     x, a, b = torch.randn(5, 128), torch.randn(3, 128), torch.randn(64, 3)
     torch.library.opcheck(lora_linear, (*(t.clone().requires_grad_() for t in (x, a, b)), *rest))
-    torch.library.opcheck(lora_linear_backward, (torch.randn(5, 64), x, x @ a.t(), a, b, *rest))
+    torch.library.opcheck(lora_linear_backward, (torch.randn(5, 64), a, b, *rest))
 
 
 def test_operators_keep_their_documentation():
     assert lora_linear.__name__ == 'lora_linear' and 'frozen W' in lora_linear.__doc__
-    assert lora_linear_backward.__name__ == 'lora_linear_backward' and 'gradients' in lora_linear_backward.__doc__
+    assert lora_linear_backward.__name__ == 'lora_linear_backward' and 'dx' in lora_linear_backward.__doc__
 
 
 @pytest.mark.parametrize('dy', [torch.ones(()).expand(5, 64), torch.randn(64, 5).t()])

@@ -35,7 +35,7 @@ def main(path, method, kind, rows, gib, *options):
             optimizer.step()
             step.zero_grad()
             if meter.end(int(data.lengths[chosen].sum())): break
-        say(meter.row(**about, paths=vars(step.paths)))
+        say(meter.row(**about, paths=step.paths))
     except Exception as e:
         import traceback
         traceback.print_exc()

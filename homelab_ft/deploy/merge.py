@@ -35,10 +35,10 @@ def stored_dtype(
 # %% ../../nbs/deploy/merge.ipynb #086c2967
 def _plain_base(
     config: RunConfig,     # of the run
-):                         # transformers model without 4-bit layers
-    "The weights that the adapter was trained against: as stored, or, for QLoRA, after 4-bit rounding."
+):                         # transformers model without quantized layers
+    "The weights that the adapter was trained against: as stored, or, quantized, after their rounding to 4 or 8 bits."
     if config.method == 'lora': return load_base(config.model, 'lora', stored_dtype(config.model), 'cpu')
-    model = load_base(config.model, 'qlora', resolve_dtype(config), resolve_device(config), config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
+    model = load_base(config.model, config.method, resolve_dtype(config), resolve_device(config), config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
     logging.getLogger('transformers.integrations.bitsandbytes').setLevel(logging.ERROR)   # it warns that what we ask for happens
     return model.dequantize(dtype=model.dtype)
 

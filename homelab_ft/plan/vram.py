@@ -65,7 +65,7 @@ def adapter_params(
     return shape.num_hidden_layers * sum(lora_r * (i + o) for i, o, _ in target_linears(shape, target_modules).values())
 
 # %% ../../nbs/plan/vram.ipynb #79d5902c
-OPTIMIZER_BYTES = dict(adamw_torch=8, adamw_8bit=2 + 8/256, paged_adamw_8bit=2 + 8/256)   # per trained parameter
+OPTIMIZER_BYTES = dict(adamw_torch=8, adamw_8bit=2 + 8/256, paged_adamw_8bit=2 + 8/256, paged_adamw_32bit=8)   # per trained parameter
 
 # %% ../../nbs/plan/vram.ipynb #0be10f19
 INPUT_OF = dict(q_proj='attention', k_proj='attention', v_proj='attention', qkv_proj='attention', o_proj='output',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['batch_order', 'padding_share', 'collate', 'label_positions', 'decoder_and_head', 'precision', 'label_nll',
-           'count_labels', 'accumulate', 'decoder_layers', 'Rectangles', 'mean_nll']
+           'count_labels', 'accumulate', 'decoder_layers', 'odd_parts', 'Rectangles', 'step_summary', 'mean_nll']
 
 # %% ../../nbs/train/engine.ipynb #58f2298d
 import logging
@@ -166,6 +166,17 @@ def decoder_layers(
     "The layers that make up the model, where they stand in a list."
     return getattr(getattr(_plain_model(model), 'base_model', None), 'layers', None)
 
+# %% ../../nbs/train/engine.ipynb #d967352e
+def odd_parts(
+    model,              # causal language model, with or without peft around it
+) -> str:               # empty if there are layers in a list, and a plain output head behind them
+    "What a model has instead of layers and output head as usual."
+    if decoder_layers(model) is None: return f'{type(_plain_model(model)).__name__} has no list of layers'
+    parts = decoder_and_head(model)
+    if parts is None: return 'its logits are more than output head times hidden states'
+    odd = type(parts[1]).__name__ != 'Linear' or parts[1].bias is not None
+    return f'an output head of type {type(parts[1]).__name__}' if odd else ''
+
 # %% ../../nbs/train/engine.ipynb #b100da9b
 class Rectangles:
     "The plain step: rows padded to rectangles."
@@ -194,6 +205,16 @@ class Rectangles:
     def evaluating(self):
         "A context for evaluation; nothing to prepare here."
         return nullcontext()
+
+# %% ../../nbs/train/engine.ipynb #d85a001c
+def step_summary(
+    paths: dict,            # of `Rectangles` or `Rows`: what runs fast, 'on' or why not
+) -> str:
+    "How a run computes its steps, in one line."
+    if 'lora' not in paths: return f"padded rows ({paths['rows']})"
+    kept = ', '.join(f'{n} {level}' for level, n in paths['recompute'].items())
+    off = ''.join(f'; no {part}: {paths[key]}' for key, part in dict(lora='fused adapters', compile='compiled layers', graph='recorded passes').items() if paths[key] != 'on')
+    return f'rows end to end; layers: {kept}{off}'
 
 # %% ../../nbs/train/engine.ipynb #cb769131
 def mean_nll(

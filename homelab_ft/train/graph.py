@@ -20,19 +20,32 @@ def why_not_replay(
         if v.dtype != recorded[k].dtype: return f'{k} is {v.dtype}, recorded was {recorded[k].dtype}'
     return ''
 
-# %% ../../nbs/train/graph.ipynb #8f2caa7d
+# %% ../../nbs/train/graph.ipynb #93ac1e92
+def _once(
+    step,               # `step(batch) -> loss`
+    batch: dict,        # tensors on the card
+    after,              # what follows the backward pass, or None
+):                      # the loss, detached
+    "One step with its backward pass."
+    loss = step(batch)
+    loss.backward()
+    if after: after()
+    return loss.detach()
+
+# %% ../../nbs/train/graph.ipynb #854ad38b
 def _warm_up(
     step,               # `step(batch) -> loss`
     batch: dict,        # tensors on the card
+    after,              # what follows the backward pass, or None
 ):
     "Two real steps on a side stream; what comes after waits for them."
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(2): step(batch).backward()
+        for _ in range(2): _once(step, batch, after)
     torch.cuda.current_stream().wait_stream(side)
 
-# %% ../../nbs/train/graph.ipynb #1f207f8e
+# %% ../../nbs/train/graph.ipynb #3b803f0a
 class StepGraph:
     """Forward, loss and backward of one shape as a CUDA graph. Gradients are added to `.grad`, which must stay where it is.
 
@@ -42,16 +55,15 @@ class StepGraph:
         step,           # `step(batch) -> loss`, 0-d; its backward pass is recorded too. Nothing in it may depend on values in host memory
         batch: dict,    # name -> tensor on the card, of the shape to record; copied
         pool=None,      # memory pool of another graph (`.graph.pool()`), to share: graphs never run at the same time
+        after=None,     # function without arguments that follows the backward pass, recorded too
     ):
         in_host = [k for k, v in batch.items() if not v.is_cuda]
         if in_host: raise ValueError(f'{in_host[0]} is in host memory; a step is recorded with tensors on a card')
         self.batch = {k: v.clone() for k, v in batch.items()}
-        _warm_up(step, self.batch)
+        _warm_up(step, self.batch, after)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
-            loss = step(self.batch)
-            loss.backward()
-        self.loss = loss.detach()
+            self.loss = _once(step, self.batch, after)
 
     def __call__(self,
         batch: dict,    # name -> tensor of the recorded shape, in page-locked host memory or on the card

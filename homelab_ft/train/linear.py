@@ -69,12 +69,46 @@ def dense_weight(
     if triton and weight.is_cuda: return _dequantize_triton(weight, constants, blocksize, shape, dtype)
     return _dequantize_bitsandbytes(weight, constants, blocksize, kind, shape, dtype)
 
+# %% ../../nbs/train/linear.ipynb #03f4b909
+if triton:
+    @triton.jit
+    def _merge_kernel(packed, scales, code, scales2, code2, offset, a, b, out, n_out, n_in, r,
+                      ROWS: tl.constexpr, BYTES: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr, NESTED: tl.constexpr):
+        "A tile of the matrix, unpacked, plus the same tile of b a; every row is a whole number of bytes."
+        row, byte = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BYTES + tl.arange(0, BYTES)
+        column, rank = tl.program_id(1) * BYTES * 2 + tl.arange(0, BYTES * 2), tl.arange(0, RANK)
+        at, inside = row[:, None].to(tl.int64) * (n_in // 2) + byte[None], (row[:, None] < n_out) & (byte[None] < n_in // 2)
+        both, group = tl.load(packed + at, mask=inside, other=0).to(tl.int32), at // (SIZE // 2)
+        scale = tl.load(scales + group, mask=inside, other=0)
+        if NESTED: scale = tl.load(code2 + scale.to(tl.int32)) * tl.load(scales2 + group // 256, mask=inside, other=0.) + tl.load(offset)
+        values = tl.reshape(tl.join(tl.load(code + (both >> 4)) * scale, tl.load(code + (both & 15)) * scale), [ROWS, BYTES * 2])
+        thin_b = tl.load(b + row[:, None] * r + rank[None], mask=(row[:, None] < n_out) & (rank[None] < r), other=0.)
+        thin_a = tl.load(a + rank[:, None] * n_in + column[None], mask=(rank[:, None] < r) & (column[None] < n_in), other=0.)
+        values += tl.dot(thin_b, thin_a)
+        tl.store(out + row[:, None].to(tl.int64) * n_in + column[None], values.to(out.dtype.element_ty), mask=(row[:, None] < n_out) & (column[None] < n_in))
+
+# %% ../../nbs/train/linear.ipynb #8384cd53
+def _merged(a, b, weight, constants, blocksize, shape):
+    "The 4-bit matrix with b a added, in the type of a."
+    nested, (n_out, n_in) = len(constants) == 5, shape
+    scales, code, scales2, code2, offset = constants if nested else [*constants] + [constants[0]] * 3     # unused, but a kernel wants them
+    out, rank = torch.empty(shape, dtype=a.dtype, device=a.device), max(16, triton.next_power_of_2(a.shape[0]))
+    grid = triton.cdiv(n_out, 64), triton.cdiv(n_in, 128)
+    _merge_kernel[grid](weight, scales, code, scales2, code2, offset, a.contiguous(), b.contiguous(), out, n_out, n_in, a.shape[0],
+                        ROWS=64, BYTES=64, RANK=rank, SIZE=blocksize, NESTED=nested, num_warps=4)
+    return out
+
+# %% ../../nbs/train/linear.ipynb #9390ef27
+def _may_merge(a, constants, shape):
+    "Whether `_merged` can make this matrix: 4 bits on a card, multiplied in 16, of a rank whose tiles fit."
+    return bool(constants) and triton is not None and a.is_cuda and a.dtype != torch.float32 and a.shape[0] <= 128 and shape[1] % 2 == 0
+
 # %% ../../nbs/train/linear.ipynb #f25a96f5
 def _operator(function):
     "The function as operator `homelab_ft::NAME`, with the function's own documentation."
     return update_wrapper(torch.library.custom_op(f'homelab_ft::{function.__name__}', function, mutates_args=()), function)
 
-# %% ../../nbs/train/linear.ipynb #5e578524
+# %% ../../nbs/train/linear.ipynb #f18c30bb
 @_operator
 def lora_linear(
     x: Tensor,          # [tokens, in], the type that is computed in
@@ -87,8 +121,9 @@ def lora_linear(
     shape: list[int],   # [out, in]
 ) -> tuple[Tensor, Tensor]:     # y [tokens, out], and h [tokens, r], which is for the way back and carries no gradient itself
     "`y = x Wᵀ + h bᵀ` with `h = x aᵀ` for a frozen W."
-    y, h = x @ dense_weight(weight, constants, blocksize, kind, shape, x.dtype).t(), x @ a.t()
-    return y.addmm_(h, b.t()), h
+    h = x @ a.t()
+    if _may_merge(a, constants, shape): return x @ _merged(a, b, weight, constants, blocksize, shape).t(), h
+    return (x @ dense_weight(weight, constants, blocksize, kind, shape, x.dtype).t()).addmm_(h, b.t()), h
 
 # %% ../../nbs/train/linear.ipynb #b5ef9db8
 @lora_linear.register_fake
@@ -96,12 +131,10 @@ def _lora_linear_shapes(x, a, b, weight, constants, blocksize, kind, shape):
     "Two tensors of x's type."
     return x.new_empty(x.shape[0], shape[0]), x.new_empty(x.shape[0], a.shape[0])
 
-# %% ../../nbs/train/linear.ipynb #9412ccf7
+# %% ../../nbs/train/linear.ipynb #1282813d
 @_operator
 def lora_linear_backward(
     dy: Tensor,         # [tokens, out], gradient of y
-    x: Tensor,          # [tokens, in]
-    h: Tensor,          # [tokens, r], from `lora_linear`
     a: Tensor,          # [r, in]
     b: Tensor,          # [out, r], with the scaling in it
     weight: Tensor,     # with the four that follow, the arguments of `dense_weight`
@@ -109,28 +142,31 @@ def lora_linear_backward(
     blocksize: int,     # values per scale
     kind: str,          # 'nf4', 'fp4' or ''
     shape: list[int],   # [out, in]
-) -> tuple[Tensor, Tensor, Tensor]:     # gradients of x, a and b, of their shapes
-    "The three gradients of `lora_linear`, from its input and `h`."
-    dx, g = dy @ dense_weight(weight, constants, blocksize, kind, shape, dy.dtype), dy @ b
-    return dx.addmm_(g, a), g.t() @ x, dy.t() @ h
+) -> tuple[Tensor, Tensor]:     # gradient of x [tokens, in], and g [tokens, r]
+    "`dx = dy W + g a` with `g = dy b`."
+    g = dy @ b
+    if _may_merge(a, constants, shape): return dy @ _merged(a, b, weight, constants, blocksize, shape), g
+    return (dy @ dense_weight(weight, constants, blocksize, kind, shape, dy.dtype)).addmm_(g, a), g
 
-# %% ../../nbs/train/linear.ipynb #50845501
+# %% ../../nbs/train/linear.ipynb #738fa6be
 @lora_linear_backward.register_fake
-def _lora_linear_backward_shapes(dy, x, h, a, b, weight, constants, blocksize, kind, shape):
-    "One tensor like each of x, a and b."
-    return x.new_empty(x.shape), a.new_empty(a.shape), b.new_empty(b.shape)
+def _lora_linear_backward_shapes(dy, a, b, weight, constants, blocksize, kind, shape):
+    "Two tensors of dy's type."
+    return dy.new_empty(dy.shape[0], shape[1]), dy.new_empty(dy.shape[0], a.shape[0])
 
-# %% ../../nbs/train/linear.ipynb #00d44f0a
+# %% ../../nbs/train/linear.ipynb #a98dae9b
 def _keep(ctx, inputs, output):
     "What the way back needs: the input, `h`, and references to matrices that stay anyway."
     x, a, b, weight, constants, *ctx.rest = inputs
     ctx.save_for_backward(x, output[1], a, b, weight, *constants)
 
+# %% ../../nbs/train/linear.ipynb #ba9a69ec
 def _backward(ctx, dy, dh):
     "Gradients of x, a and b; the frozen matrix and the numbers have none."
     x, h, a, b, weight, *constants = ctx.saved_tensors
-    dx, da, db = lora_linear_backward(dy.contiguous(), x, h, a, b, weight, constants, *ctx.rest)
-    return dx, da, db, None, [None] * len(constants), None, None, None
+    dy = dy.contiguous()
+    dx, g = lora_linear_backward(dy, a, b, weight, constants, *ctx.rest)
+    return dx, g.t() @ x, dy.t() @ h, None, [None] * len(constants), None, None, None
 
 lora_linear.register_autograd(_backward, setup_context=_keep)
 
@@ -165,23 +201,28 @@ def why_stock(
     "What keeps this adapter from the fused operation."
     return _why_base(layer.base_layer) or _why_adapter(layer)
 
-# %% ../../nbs/train/linear.ipynb #0c810b50
+# %% ../../nbs/train/linear.ipynb #29f4fb37
 def _product_dtype(x):
     "The type that PyTorch would multiply `x` in: its own, or autocast's."
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
+def _thin(layer, dtype):
+    "The adapter's two matrices in the type of the product, the second with the scaling in it."
+    name = layer.active_adapters[0]
+    return layer.lora_A[name].weight.to(dtype), (layer.lora_B[name].weight * layer.scaling[name]).to(dtype)
+
 def _fused_forward(self, x, *args, **kwargs):
     "The adapter's forward pass as `lora_linear`; peft's own where something is asked for that it cannot do."
     if args or kwargs or self.disable_adapters or self.merged or self.active_adapters != self._fused_adapters:
         return self.stock_class.forward(self, x, *args, **kwargs)
-    name, x = self.active_adapters[0], x.to(_product_dtype(x))
-    a, b = self.lora_A[name].weight.to(x.dtype), (self.lora_B[name].weight * self.scaling[name]).to(x.dtype)
+    x = x.to(_product_dtype(x))
+    a, b = self._thin or _thin(self, x.dtype)
     y, _ = lora_linear(x.reshape(-1, x.shape[-1]), a, b, *self._frozen)
     if self.base_layer.bias is not None: y = y + self.base_layer.bias.to(y.dtype)
     return y.view(*x.shape[:-1], y.shape[-1])
 
-# %% ../../nbs/train/linear.ipynb #74ea9d99
+# %% ../../nbs/train/linear.ipynb #c81a9eb0
 @cache
 def _fused_class(kind):
     "peft's class with another forward pass; one per class, so that the compiler sees the same code in every layer."
@@ -192,10 +233,10 @@ def _fuse_layer(layer):
     weight = layer.base_layer.weight
     q = getattr(weight, 'quant_state', None)
     described = (0, '', list(weight.shape)) if q is None else (q.blocksize, q.quant_type, list(q.shape))
-    layer._frozen, layer._fused_adapters = (*frozen_tensors(weight), *described), list(layer.active_adapters)
+    layer._frozen, layer._fused_adapters, layer._thin = (*frozen_tensors(weight), *described), list(layer.active_adapters), None
     layer.__class__ = _fused_class(type(layer))
 
-# %% ../../nbs/train/linear.ipynb #bc987b18
+# %% ../../nbs/train/linear.ipynb #c3074741
 def unfuse(
     model,              # peft's model, after `fuse` or not
 ):
@@ -203,7 +244,7 @@ def unfuse(
     for layer in model.modules():
         if not hasattr(layer, 'stock_class'): continue
         layer.__class__ = layer.stock_class
-        del layer._frozen, layer._fused_adapters
+        del layer._frozen, layer._fused_adapters, layer._thin
 
 # %% ../../nbs/train/linear.ipynb #e44f8610
 def fuse(

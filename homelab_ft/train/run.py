@@ -14,10 +14,10 @@ from ..data.tokenize import load_cache
 from ..plan.cost import project
 from ..plan.hardware import EnergyMeter, check_disk, detect_machine
 from .checkpoint import checkpoints, prune, read_checkpoint, save_checkpoint, sweep
-from .engine import mean_nll
+from .engine import mean_nll, step_summary
 from .lora import adapter_tensors, attach_lora, check_targets, save_adapter, set_adapter, trainable_parameters
-from .quantize import load_base, memory_advice, model_fingerprint, peak_memory, resolve_device, resolve_dtype, weight_bytes
-from .steps import Job, State, check_optimizer, count_rows, count_time, interval, make_optimizer, rate_factor, read_losses, take_step, total_steps
+from .quantize import check_machine, load_base, memory_advice, model_fingerprint, peak_memory, resolve_device, resolve_dtype, weight_bytes
+from .steps import Job, State, count_rows, count_time, interval, make_optimizer, rate_factor, read_losses, take_step, total_steps
 from .watch import (RunFolder, RunLock, RunStatus, cut_metrics, events, log_event, log_metrics, open_run, pending_commands,
                                     send, status, update_manifest)
 
@@ -129,7 +129,7 @@ def _rows(run: RunFolder, part: str):
 def _refuse_early(c: RunConfig) -> tuple:
     "Refuse what can be refused without weights; say where and in which precision."
     device, dtype = resolve_device(c), resolve_dtype(c)
-    check_optimizer(c.optim, device)
+    check_machine(c, device)
     check_targets(c)
     return device, dtype
 
@@ -149,7 +149,7 @@ def _load(run: RunFolder) -> Job:
     model, size = _model(c, device, dtype)
     trained, total = trainable_parameters(model)
     check_disk(run.path, 16 * trained * (c.save_total_limit + 2))
-    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], c)
+    optimizer = make_optimizer(model, c)
     engine = engine_for(model, c, train, device, dtype)
     update_manifest(run, machine=asdict(detect_machine()), device=device, dtype=dtype, engine=engine.paths, base_model=model_fingerprint(c.model),
                     training_rows=train.fingerprint, trainable_parameters=trained, parameters=total, weight_bytes=size,
@@ -202,7 +202,7 @@ def _work(run: RunFolder, done: int):
     job = _load(run)
     _restore(job)
     job.state.control_line = done
-    log_event(run, 'training', step=job.state.step, total_steps=job.state.total_steps)
+    log_event(run, 'training', step=job.state.step, total_steps=job.state.total_steps, engine=step_summary(job.engine.paths))
     _report_end(job, _loop(job))
 
 # %% ../../nbs/train/run.ipynb #c0ce1d74
@@ -244,7 +244,8 @@ def _last_lines(run: RunFolder, n: int = 8) -> str:
     return '\n'.join(run.log_path.read_text(errors='replace').splitlines()[-n:]) if run.log_path.exists() else ''
 
 # %% ../../nbs/train/run.ipynb #df70b34c
-NEWS = {'pilot': 'whole run: about {seconds:.0f} s ({seconds_low:.0f} to {seconds_high:.0f}), {kwh:.4f} kWh ({watts_source}), {cost:.4f} {currency}',
+NEWS = {'training': 'training step: {engine}',
+        'pilot': 'whole run: about {seconds:.0f} s ({seconds_low:.0f} to {seconds_high:.0f}), {kwh:.4f} kWh ({watts_source}), {cost:.4f} {currency}',
         'shortened': 'shortened from {before} to {total_steps} steps, to end within {max_minutes:g} minutes',
         'early_stopped': 'the validation loss no longer improves: stopped early, best at step {best_step}'}
 

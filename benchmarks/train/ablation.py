@@ -1,0 +1,76 @@
+"""What each technique of the fast step gains: one case at a time switched off, on one model in one process.
+
+python benchmarks/train/ablation.py MODEL METHOD GIB [CASE ...]   (MODEL from model.py; GIB 0: the whole card; no CASE: all)
+One line of JSON per case: tokens per second, milliseconds per step, time the card was busy, peak memory."""
+import gc, sys
+from contextlib import ExitStack
+from unittest.mock import patch
+
+import torch
+from homelab_ft.core import make_config
+from homelab_ft.train import attention, fast, linear, loss
+from homelab_ft.train.engine import Rectangles
+from homelab_ft.train.lora import attach_lora
+from homelab_ft.train.quantize import load_base
+from ours import packed_steps
+from workload import LENGTH, Data, Meter, limit_card, say
+
+STOCK = lambda model: (linear.unfuse(model), {'switched off': 1})[1]
+CASES = {  # name: (options, patches)
+    'everything': ({}, []),
+    'no recorded passes': (dict(graph=False), []),
+    'no compiled layers': (dict(compile=False), []),
+    'neither': (dict(compile=False, graph=False), []),
+    'adapters as peft runs them, neither': (dict(compile=False, graph=False), [(linear, 'fuse', STOCK)]),
+    'adapters not merged into 4-bit weights': ({}, [(linear, '_may_merge', lambda *_: False)]),
+    'every layer recomputed': (dict(checkpointing=True), []),
+    'flash attention instead of the fastest': ({}, [(attention, 'fastest_kernel', lambda *_: {'FLASH_ATTENTION': 0.})]),
+    'loss over all logits at once': ({}, [(loss, 'chunk_rows', lambda *_, **__: 2**20)]),
+}
+
+
+def close(step):
+    "Give everything back to the card."
+    step.restore()
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
+def measure(step, data, steps, **about):
+    "Eight steps, timed, and two under the profiler."
+    parameters = [p for p in step.model.parameters() if p.requires_grad]
+    meter, optimizer = Meter(), torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+    for rows in steps * 100:
+        meter.begin()
+        step.accumulate(data, [rows])
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step.zero_grad()
+        if meter.end(int(data.lengths[rows].sum())): break
+    say(meter.row(**about, paths=step.paths))
+
+
+def main(path, method, gib, *names):
+    limit_card(float(gib))
+    model = attach_lora(load_base(path, method, 'bfloat16', 'cuda'), make_config(method=method))
+    for kind, n in (('full', 2), ('real', 2)):
+        data = Data(kind, 128000)
+        steps, shape = packed_steps(data, n)
+        for name in names or [*CASES, 'plain step']:
+            about = dict(case=name, method=method, kind=kind, rows=n, limit_gib=float(gib))
+            try:
+                if name == 'plain step':
+                    measure(Rectangles(model, 'measured'), data, steps, **about)
+                    continue
+                options, patches = CASES[name]
+                with ExitStack() as stack:
+                    for where, what, instead in patches: stack.enter_context(patch.object(where, what, instead))
+                    step = fast.prepare(model, fast.Options(**dict(longest=LENGTH, budget=n * LENGTH, fixed=shape) | options))
+                    measure(step, data, steps, **about)
+                    close(step)
+            except Exception as e: say(about | dict(failed=f'{type(e).__name__}: {str(e)[:200]}'))
+
+
+if __name__ == '__main__': main(*sys.argv[1:])
