@@ -85,7 +85,7 @@ def _cmd_data(
     from homelab_ft.data.chat import load_tokenizer
     from homelab_ft.data.prepare import prepare
     config = read_settings(args)
-    tok = load_tokenizer(config.model, config.chat_template)
+    tok = load_tokenizer(config.model, config.chat_template, needs_template=False)      # `prepare` asks for one unless the rows are plain text
     with tempfile.TemporaryDirectory() as folder:
         print(*prepare(config, tok, folder).report, sep='\n\n')
 
@@ -97,7 +97,7 @@ def _cmd_train(
     from homelab_ft.journey import new_run, train_here
     run = open_run(args.resume, args.runs_dir or 'runs') if args.resume else new_run(read_settings(args))
     print(train_here(run, resume=bool(args.resume)))
-    print(f'adapter {run.adapter_path}\nnext    homelab-ft run --resume {run.path}')
+    print(f'result  {run.adapter_path}\nnext    homelab-ft run --resume {run.path}')
 
 # %% ../nbs/cli.ipynb #972a43c4
 def _cmd_eval(
@@ -112,7 +112,7 @@ def _cmd_eval(
 def _cmd_merge(
     args,                # parsed arguments
 ):
-    "Merge a run's adapter into its base and compare the two."
+    "Make one plain model folder of a run and compare it with the tuned model."
     from homelab_ft.deploy.merge import merge, parity
     run = open_run(args.run, args.runs_dir or 'runs')
     folder = merge(run, args.out)

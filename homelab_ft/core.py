@@ -77,11 +77,12 @@ class Example:
     messages: list          # `[{'role': 'user' | 'assistant' | 'system', 'content': str}, ...]`
     label: str = None       # the class, for classification data
     row: int = 0            # number of the row in the file, from 1
+    rejected: str = None    # the worse answer, for preference data
 
     @property
     def prompt(self) -> str:
-        "Everything before the last message, as plain text; what cleaning and splitting compare."
-        return '\n'.join(m['content'] for m in self.messages[:-1])
+        "Everything before the last message, or the only one (plain text); what cleaning and splitting compare."
+        return '\n'.join(m['content'] for m in self.messages[:-1] or self.messages)
 
     @property
     def answer(self) -> str:
@@ -99,12 +100,14 @@ class DataSettings(Settings):
     model: str = 'embedded'                    # folder, Hub id, or `embedded`
     data: str = ''                             # CSV, JSON, JSONL or Parquet file, or a saved `datasets` folder
     test_data: str | None = None               # rows that only the final evaluation sees; else half of the held-out share
-    layout: Literal['auto', 'conversational', 'instruction', 'prompt_completion', 'classification'] = 'auto'
-    text_columns: list[str] = []               # classification: columns that make the question; empty means all but the label
+    layout: Literal['auto', 'conversational', 'instruction', 'prompt_completion', 'classification', 'preference', 'text'] = 'auto'
+    text_columns: list[str] = []               # classification: columns that make the question, empty: all but the label; text: its column
     label_column: str | None = None            # classification: the column with the class
-    prompt_column: str | None = None           # prompt/completion and instruction
+    prompt_column: str | None = None           # prompt/completion, instruction and preference
     completion_column: str | None = None       # prompt/completion and instruction
     messages_column: str | None = None         # conversational
+    chosen_column: str | None = None           # preference: the better answer
+    rejected_column: str | None = None         # preference: the worse answer
     system_prompt: str | None = None           # put before every example that has none
     encoding: str = 'utf-8'                    # of the text file
     max_rows: int | None = Field(None, ge=10)  # take that many rows, drawn evenly with `seed`
@@ -117,7 +120,9 @@ class DataSettings(Settings):
 # %% ../nbs/00_core.ipynb #cf274bfa
 class MethodSettings(Settings):
     "How the model is adapted."
-    method: Literal['lora', 'int8', 'qlora'] = 'lora'           # `int8`, `qlora`: frozen weights in 8 or in 4 bits
+    method: Literal['full', 'lora', 'int8', 'qlora'] = 'lora'   # `full`: all weights learn; `int8`, `qlora`: frozen in 8 or in 4 bits
+    objective: Literal['sft', 'dpo'] = 'sft'                    # learn the answers, or which of two is better
+    dpo_beta: float = Field(0.1, gt=0)                          # dpo: how strongly the model is held to the base
     lora_r: int = Field(16, ge=1, le=1024)                      # rank
     lora_alpha: float = Field(32, gt=0)                         # the update is scaled by lora_alpha / lora_r
     lora_dropout: float = Field(0.0, ge=0, lt=1)
@@ -179,15 +184,16 @@ def _contradiction(
     c,               # all settings
 ) -> ConfigError:    # or None
     "The first pair of settings that cannot hold together."
-    flat = [name for name in ('packing', 'torch_compile', 'cuda_graph') if getattr(c, name) is True]
-    if flat and c.padding_free is False:
-        return ConfigError(f'{flat[0]}=true needs rows that lie end to end', value='padding_free=false', allowed='padding_free=auto or true',
-                           next_step=f'leave out padding_free, or set {flat[0]}=false')
-    if c.use_dora and c.method == 'int8':
-        return ConfigError('use_dora does not go with 8-bit weights', value='method=int8', allowed='method=lora or qlora', next_step='set method=qlora or use_dora=false')
-    if c.warmup_steps and c.lr_scheduler_type == 'constant':
-        return ConfigError('the schedule constant has no warm-up', value=f'warmup_steps={c.warmup_steps}', allowed='warmup_steps=0',
-                           next_step='set lr_scheduler_type=constant_with_warmup')
+    flat = ''.join([name for name in ('packing', 'torch_compile', 'cuda_graph') if getattr(c, name) is True][:1])
+    adapter = ''.join([name for name in ('use_dora', 'use_rslora') if getattr(c, name)][:1])
+    for wrong, what, value, allowed, next_step in (
+        (flat and c.padding_free is False, f'{flat}=true needs rows that lie end to end', 'padding_free=false', 'padding_free=auto or true', f'leave out padding_free, or set {flat}=false'),
+        (adapter and c.method == 'full', f'{adapter} needs an adapter', 'method=full', 'method=lora, int8 or qlora', f'set {adapter}=false or method=lora'),
+        (c.use_dora and c.method == 'int8', 'use_dora does not go with 8-bit weights', 'method=int8', 'method=lora or qlora', 'set method=qlora or use_dora=false'),
+        (c.objective == 'dpo' and c.method == 'full', 'objective=dpo compares with the frozen base', 'method=full', 'method=lora, int8 or qlora', 'set method=lora'),
+        (c.warmup_steps and c.lr_scheduler_type == 'constant', 'the schedule constant has no warm-up', f'warmup_steps={c.warmup_steps}', 'warmup_steps=0', 'set lr_scheduler_type=constant_with_warmup'),
+    ):
+        if wrong: return ConfigError(what, value=value, allowed=allowed, next_step=next_step)
 
 # %% ../nbs/00_core.ipynb #2aad052a
 class RunConfig(DataSettings, MethodSettings, TrainSettings, ReportSettings):

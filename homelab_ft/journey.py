@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from .core import HardwareError, MiB, RunConfig, RunError, make_config, model_path
-from .data.chat import check_template, load_tokenizer
+from .data.chat import load_tokenizer
 from .data.prepare import prepare
 from .data.sample import write_tickets
-from .data.tokenize import TokenCache
+from .data.tokenize import TokenCache, make_cache
 from .deploy.merge import Parity, merge, parity
 from .deploy.registry import register
 from .deploy.report import cost_table, write_report
@@ -27,7 +27,9 @@ from .plan.cost import Projection, pilot_table
 from .plan.hardware import check_disk, check_writable, detect_machine
 from .plan.shape import model_shape
 from .plan.vram import estimate_for, verdict
-from .train.run import follow, start
+from .train.process import follow, start
+from .train.preference import check_preference
+from .train.quantize import check_machine, resolve_device
 from .train.watch import RunFolder, create_run, events, send, status, update_manifest
 
 # %% ../nbs/journey.ipynb #544b83c4
@@ -60,8 +62,10 @@ def check_inputs(
     if config.run_name and (Path(config.runs_dir) / config.run_name).exists():
         raise RunError('there is a run with this name, and nothing is overwritten', value=Path(config.runs_dir) / config.run_name,
                        next_step='continue it with --resume, or set another run_name')
+    check_machine(config, resolve_device(config))
+    check_preference(config)
     check_writable(config.runs_dir)
-    check_disk(config.runs_dir, 200 * MiB + 2 * weights)
+    check_disk(config.runs_dir, 200 * MiB + (2 + (config.method == 'full') * 4 * (config.save_total_limit + 1)) * weights)
 
 # %% ../nbs/journey.ipynb #a9b7122e
 def _worst_batch(
@@ -80,14 +84,27 @@ def plan_run(
 ) -> tuple:                     # `(MemoryEstimate, Machine)`
     "Predict the peak memory and compare it with this machine; raises `HardwareError` if it cannot fit."
     machine = detect_machine()
+    dpo, asked = config.objective == 'dpo', config.gradient_checkpointing
+    if dpo: config = config.model_copy(update={'per_device_train_batch_size': 2 * config.per_device_train_batch_size})    # both answers go through together
     length, share = _worst_batch(config, cache) if cache and not config.packing else (config.max_length, 1.0)
     bounded = dict(max_length=length, device=machine.device if config.device == 'auto' else config.device)
-    wishes = (False, True) if config.gradient_checkpointing == 'auto' and bounded['device'] == 'cuda' else (config.gradient_checkpointing is True,)
+    auto = asked == 'auto' and bounded['device'] == 'cuda'
+    wishes = (asked is True or auto and dpo,) if not auto or dpo or config.method == 'full' else (False, True)     # the plain steps do not choose
     for wish in wishes:
         predicted = estimate_for(config.model_copy(update=bounded | {'gradient_checkpointing': wish}), model_shape(model_path(config.model)), share)
         if predicted.fits(machine.total_bytes, margin=0): return predicted, machine
     raise HardwareError('this run does not fit', value=verdict(predicted, machine.total_bytes, margin=0),
                         next_step='set method=qlora, gradient_checkpointing=true, or a smaller per_device_train_batch_size or max_length')
+
+# %% ../nbs/journey.ipynb #6d2bea48
+def _learned(
+    prepared,            # from `prepare`
+    config: RunConfig,   # `objective`
+) -> TokenCache:
+    "All rows that training reads."
+    if config.objective != 'dpo': return prepared.train
+    both = prepared.train, prepared.rejected['train_rejected']
+    return make_cache([c.row(i) for c in both for i in range(len(c))], [*both[0].rows, *both[1].rows])
 
 # %% ../nbs/journey.ipynb #2db7e52e
 def new_run(
@@ -96,15 +113,14 @@ def new_run(
 ) -> RunFolder:          # with its data prepared, ready to train
     "Check everything, prepare the data and make the run folder around it; a mistake leaves neither."
     check_inputs(config)
-    tok = load_tokenizer(config.model, config.chat_template)
-    check_template(tok)
+    tok = load_tokenizer(config.model, config.chat_template, needs_template=False)      # `prepare` asks for one unless the rows are plain text
     runs_dir = Path(config.runs_dir)
     is_new = not runs_dir.exists()
     runs_dir.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix='.data-', dir=runs_dir))
     try:
         prepared = prepare(config, tok, staging)
-        predicted, _ = plan_run(config, prepared.train)
+        predicted, _ = plan_run(config, _learned(prepared, config))
         run = create_run(config)
         os.rename(staging, run.data_path)
     finally:
@@ -141,7 +157,7 @@ def finish(
     _require_finished(run)
     say('evaluate  base against tuned, on rows neither has seen')
     evaluation = load_evaluation(run) if run.evaluation_path.exists() else compare(run, run.config())
-    say('deploy    merge the adapter into the base and compare the two')
+    say('deploy    one plain model folder, compared with the tuned model')
     if not run.merged_path.exists(): merge(run)
     agreement = _agreement(run)
     if not agreement.passed: say(f'the merged model answers differently from the adapter: do not ship it\n{agreement}')

@@ -57,6 +57,30 @@ def test_qlora_merges_into_the_dequantized_weights(tmp_path, double):
     assert 'quantization_config' not in config and config['dtype'] == 'bfloat16'
     assert parity(run, progress=False).passed
 
+def test_int8_is_allowed_what_rounding_the_inputs_makes(tmp_path):
+    run, model = make_run(tmp_path, method='int8')
+    in_memory = load_adapter(merging._plain_base(run.config()), run.adapter_path).merge_and_unload()
+    apart = load_adapter(merging._plain_base(run.config()), run.adapter_path)
+    torch.testing.assert_close(logits(in_memory), logits(apart), atol=1e-3, rtol=0)                  # the merge itself is exact
+    assert (logits(in_memory) - logits(model)).abs().max() > 1e-2                                    # 8-bit inputs are not
+    config = json.loads((merge(run) / 'config.json').read_text())
+    assert 'quantization_config' not in config and config['dtype'] == 'bfloat16'
+    found = parity(run, progress=False)
+    assert found.passed and found.inputs > 0
+    assert found.distance <= found.inputs + max(merging.ALWAYS_ALLOWED, merging.TIMES_EXPLAINED * found.explained)
+    assert json.loads((run.path / 'parity.json').read_text())['inputs'] == found.inputs
+
+def test_only_int8_is_allowed_more(tmp_path):
+    run, _ = make_run(tmp_path)
+    merge(run)
+    found = parity(run, progress=False)
+    assert found.inputs == 0 and '8-bit' not in str(found)
+
+def test_what_the_inputs_explain_is_added_once():
+    seen = lambda distance, inputs: merging.Parity(32, 100, 1., 1., 0., distance, 0.2, 1., explained=0.003, inputs=inputs)
+    assert seen(0.0149, 0.).passed and not seen(0.0151, 0.).passed
+    assert seen(0.0349, 0.02).passed and not seen(0.0351, 0.02).passed and '8-bit inputs 0.02000' in str(seen(0.03, 0.02))
+
 def test_adapter_on_some_layers_only(tmp_path):
     run, _ = make_run(tmp_path, target_modules=['q_proj', 'v_proj'], method='qlora')
     merge(run)

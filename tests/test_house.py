@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import check_house as house
+import drop_bars as house_bars
 import docs_preview, make_readme
 from notebook_text import fence, merge_streams, read_directives
 
@@ -26,7 +27,7 @@ def complains(complaints, *words):
 def results(): return house.check_all(ROOT)
 
 
-@pytest.mark.parametrize('check', ['directives', 'titles', 'imports', 'style', 'site', 'dependencies', 'stray'])
+@pytest.mark.parametrize('check', ['directives', 'titles', 'outputs', 'imports', 'style', 'site', 'dependencies', 'stray'])
 def test_house_is_in_order(results, check):
     assert not results[check], '\n' + '\n'.join(results[check])
 
@@ -55,6 +56,18 @@ def test_bad_titles_are_found(first): complains(house.check_title([('markdown', 
 
 
 def test_good_titles_pass(): assert house.check_title([('markdown', '# Core\n\n> Units, errors.')]) == []
+
+
+def test_progress_bars_are_found_and_dropped():
+    view = lambda name, text: {'output_type': 'display_data', 'data': {house_bars.VIEW: {'model_id': name}, 'text/plain': [text]}}
+    state = {'bar': {'state': {'children': ['IPY_MODEL_part']}}, 'part': {}, 'slider': {'state': {'layout': 'IPY_MODEL_space'}}, 'space': {}}
+    notebook = {'cells': [{'outputs': [view('bar', 'loading:  50%|## | 1/2 [00:03<00:03]'), view('slider', 'IntSlider(value=3)')]}, {'source': ''}],
+                'metadata': {'widgets': {house_bars.STATE: {'state': state}}}}
+    complains(house.check_outputs(notebook), 'drop_bars')
+    clean = house_bars.without_bars(notebook)
+    assert house.check_outputs(clean) == [] and set(clean['metadata']['widgets'][house_bars.STATE]['state']) == {'slider', 'space'}
+    del notebook['cells'][0]['outputs'][1]
+    assert house_bars.without_bars(notebook)['metadata'] == {}
 
 
 # ---------------------------------------------------------------- import graph

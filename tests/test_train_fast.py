@@ -1,5 +1,6 @@
 "The fast step against the plain one: whole models, whole runs, and what is refused."
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 from homelab_ft.core import ConfigError, HardwareError, make_config
 from homelab_ft.data.tokenize import make_cache, save_cache
 from homelab_ft.files import read_jsonl
-from homelab_ft.train import fast, fit, run as training
+from homelab_ft.train import fast, fit, run as training, steps
 from homelab_ft.train.engine import Rectangles
-from homelab_ft.train.fast import Options, Rows, prepare
+from homelab_ft.train.fast import prepare
+from homelab_ft.train.fit import Options
+from homelab_ft.train.rows import Rows
 from homelab_ft.train.watch import create_run, status
 
 SIZES = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
@@ -120,6 +123,7 @@ def test_compilation_that_fails_or_lies_is_left_out(monkeypatch):
     torch.manual_seed(0)
     step = prepare(adapted(MODELS['llama']()), Options(longest=40, budget=90, grain=16))
     cache, fitted = rows(), []
+    monkeypatch.setattr(fit, 'memory_limit', lambda *_: 2**40)
     monkeypatch.setattr(fast, '_fit', lambda step, once: (fitted.append(step.run), step.set_levels(['keep'] * 3)))
     once = lambda: step.accumulate(cache, [[0, 1, 2]])[0]
     monkeypatch.setattr(fast.recompute, 'compiled', lambda layers: lambda layer, h, *a, **k: type(layer).forward(layer, h * 0.5, *a, **k))
@@ -130,6 +134,70 @@ def test_compilation_that_fails_or_lies_is_left_out(monkeypatch):
     monkeypatch.setattr(fast, '_fit', lambda step, once: (step.set_levels(['keep'] * 3), once()))
     fast._compiled_fit(step, once)
     assert step.paths['compile'] == 'no such thing' and step.run is None
+
+
+def half_step():
+    "A bfloat16 model, whose fused adapters are copied."
+    torch.manual_seed(0)
+    model = adapted(MODELS['llama']().to(torch.bfloat16))
+    for p in model.parameters():
+        if p.requires_grad: p.data = p.data.float()
+    return prepare(model, Options(longest=40, budget=90, grain=16))
+
+
+def test_a_pass_that_breaks_off_leaves_no_gradient_anywhere(monkeypatch):
+    step, cache = half_step(), rows()
+    step.accumulate(cache, [[0, 1]])
+    assert all(p.grad is not None for p in step.parameters)
+    def full():
+        assert any(t.grad is not None for t in step.copies.thin)
+        raise torch.OutOfMemoryError('a card that is full')
+    monkeypatch.setattr(step.copies, 'collect', full)
+    with pytest.raises(torch.OutOfMemoryError): step.backward(*next(step.passes(cache, [0, 1])))
+    assert all(x.grad is None for x in step.parameters + step.copies.thin)
+
+
+def test_a_step_is_taken_again_when_the_error_holds_on_to_nothing(monkeypatch):
+    torch.manual_seed(0)
+    step, cache, seen = prepare(adapted(MODELS['llama']()), Options(longest=40, budget=90, grain=16)), rows(), []
+    whole, retreat = step.one_pass, step.retreat
+    def full(*_): raise torch.OutOfMemoryError('a card that is full')
+    def note():
+        seen.append(sys.exc_info()[0])
+        retreat()
+        step.one_pass = whole
+    step.one_pass, step.retreat = full, note
+    plain = fit.gradient_of(step.model, lambda: Rectangles.accumulate(Rectangles(step.model, 'plain'), cache, [[0, 1]])[0])
+    assert apart(gradient(step, cache, [[0, 1]]), plain) < 1e-5
+    assert seen == [None]
+
+
+@pytest.mark.parametrize('limit, tried', [(2**40, ['layer', 'offload']), (1000, ['offload'])], ids=['the card is full', 'the inputs alone are too much'])
+def test_a_pass_too_long_for_the_plain_way_is_replaced_by_a_short_one(monkeypatch, limit, tried):
+    torch.manual_seed(0)
+    step, levels, lengths = prepare(adapted(MODELS['llama']()), Options(longest=4000, budget=4000, grain=16)), [], []
+    monkeypatch.setattr(fit, 'memory_limit', lambda *_: limit)
+    whole, backward = step.set_levels, step.backward
+    monkeypatch.setattr(step, 'set_levels', lambda wanted, tile=0: (levels.append(wanted[0]), whole(wanted, tile)))
+    monkeypatch.setattr(step, 'backward', lambda batch, even: (lengths.append(batch['input_ids'].shape[1]), backward(batch, even))[1])
+    def full(): raise torch.OutOfMemoryError('a card that is full')
+    check, (total, found) = fast._plain(step, full)
+    assert levels == tried and lengths == [2560] and np.isfinite(total) and found.norm() > 0
+    assert apart(fit.gradient_of(step.model, check), (total, found)) == 0 and lengths == [2560] * 2
+    monkeypatch.setattr(fit, 'memory_limit', lambda *_: 2**40)
+    once = lambda: step.accumulate(rows(), [[0, 1]])[0]
+    assert fast._plain(step, once)[0] is once
+
+
+def test_room_in_host_memory_is_what_the_inputs_leave(monkeypatch):
+    monkeypatch.setattr(fast, 'host_memory', lambda: (64 * 2**30, 40 * 2**30))
+    cache, config = rows(), make_config(per_device_train_batch_size=2)
+    budget = 2 * int(cache.lengths.max())
+    assert fast.run_options(config, cache, 0).host_bytes == 20 * 2**30
+    assert fast.run_options(config, cache, 0, 2**20).host_bytes == 20 * 2**30 - budget * 2**19
+    assert fast.run_options(config, cache, 0, 2**30).host_bytes == 0
+    step = fast.engine_for(adapted(MODELS['llama']()), make_config(padding_free=True, per_device_train_batch_size=2), cache, 'cpu', 'float32')
+    assert step.options.host_bytes == (40 * 2**30 - budget * 3 * 64 * 4) // 2
 
 
 @pytest.fixture(scope='module')
@@ -192,5 +260,26 @@ def test_parity_on_a_card_with_everything_on(method, tmp_path):
     assert [step.paths[k] for k in ('rows', 'lora', 'loss', 'compile', 'graph')] == ['on'] * 5
     step.zero_grad()
     total, _ = step.accumulate(cache, micro)
-    found = float(total), torch.cat([p.grad.reshape(-1) for p in step.parameters])
+    found = float(total), torch.cat([p.grad.reshape(-1) for p in step.parameters]).cpu()
     assert apart(found, plain) < 0.06
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no card')
+@pytest.mark.parametrize('settings', [dict(), dict(cuda_graph=False)], ids=str)
+def test_the_host_does_not_wait_for_the_card_within_a_step(tmp_path, settings):
+    torch.manual_seed(0)
+    model, cache = adapted(MODELS['llama']().to('cuda', torch.bfloat16)), rows(40)
+    for p in model.parameters():
+        if p.requires_grad: p.data = p.data.float()
+    config = make_config(run_name='r', per_device_train_batch_size=2, max_length=64, packing=True, torch_compile=False, **settings)
+    engine = fast.engine_for(model, config, cache, 'cuda', 'bfloat16')
+    job = steps.Job(create_run(config, tmp_path), config, model, engine, steps.make_optimizer(model, config), cache, None, steps.State(total_steps=20, peak=1e-3), None)
+    for _ in range(4): steps.take_step(job)          # AdamW's states come into being
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        for _ in range(3): steps.take_step(job)
+    finally: torch.cuda.set_sync_debug_mode('default')
+    assert len(job.pending) == 1 and engine.paths['graph'] == ('switched off' if settings else 'on')
+    steps.read_losses(job, 0)
+    losses = [r['loss'] for r in read_jsonl(job.run.metrics_path)]
+    assert len(losses) == 7 and all(0 < x < 10 for x in losses)

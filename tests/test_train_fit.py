@@ -101,11 +101,24 @@ def test_levels_never_cost_more_than_the_room(room, steps, n):
     assert len(levels) == n and sum(sizes[level] - base for level in levels) <= room
 
 
-def test_hooks_are_removed_even_if_a_pass_fails():
+@pytest.mark.parametrize('error', [RuntimeError, torch.OutOfMemoryError])
+def test_hooks_are_removed_even_if_a_pass_fails(error):
     layer = torch.nn.Identity()
-    def broken(): raise torch.OutOfMemoryError('full')
-    with pytest.raises(torch.OutOfMemoryError): fit.kept_bytes(broken, layer, lambda: 0)
+    def broken(): raise error('full')
+    if error is RuntimeError:
+        with pytest.raises(error): fit.kept_bytes(broken, layer, lambda: 0)
+    else: assert fit.kept_bytes(broken, layer, lambda: 0) == 2**62
     assert not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+def test_a_card_that_is_full_while_sizes_are_measured_recomputes_every_layer():
+    card = Card(n=4, once=20, waste=1.)
+    run = card.run
+    def full():
+        if 'keep' in card.levels or 'mlp' in card.levels: raise torch.OutOfMemoryError('full')
+        run()
+    card.run = full
+    assert card.fit(60) == card.need(['layer'] * 4, 0) and card.levels == ['layer'] * 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no card')

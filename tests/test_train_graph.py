@@ -1,9 +1,13 @@
 "Recorded steps: what a replay refuses, and on a card parity with the step as it is."
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
+from homelab_ft.train import graph as module
 from homelab_ft.train.graph import StepGraph, why_not_replay
 from homelab_ft.train.recompute import Recompute
 from homelab_ft.train.shelf import Offloaded
@@ -34,6 +38,36 @@ def test_the_reason_names_what_differs():
 def test_tensors_in_host_memory_are_refused_before_any_step():
     def step(batch): raise AssertionError('ran')
     with pytest.raises(ValueError, match='x is in host memory'): StepGraph(step, dict(x=torch.zeros(2)))
+
+
+class OnCard:
+    "As much of a tensor on a card as `StepGraph` looks at before it records."
+    is_cuda = True
+    def clone(self): return self
+
+
+@pytest.mark.parametrize('ended', [True, False], ids=['capture ended', 'capture did not end'])
+def test_what_is_mended_never_hides_why_a_recording_broke_off(monkeypatch, ended):
+    done = []
+
+    @contextmanager
+    def recording(graph, pool, stream):
+        try: yield
+        except RuntimeError as e:
+            if ended: raise
+            raise RuntimeError('not permitted: the capture was invalidated') from e
+
+    def broken(*_): raise RuntimeError('a second failure')
+    for name, stand_in in dict(graph=recording, CUDAGraph=lambda: 'graph', set_stream=lambda s: done.append(s.device_index),
+                               current_stream=lambda: SimpleNamespace(device_index=3)).items(): monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(module, '_once', lambda step, batch, after: warm.pop() if warm else step(batch))
+    lane = SimpleNamespace(pool=SimpleNamespace(id=(0, 7)), stream='its own', taken=nullcontext, broken=False)
+    monkeypatch.setattr(module, '_leave_pool', lambda card, pool: (done.append((card, pool)), broken()))
+    monkeypatch.setattr(module, '_mend_random', lambda card: (done.append('random'), broken()))
+    def asks(batch): raise RuntimeError('operation not permitted when stream is capturing')
+    warm = [None, None]
+    with pytest.raises(RuntimeError, match='not permitted'): StepGraph(asks, dict(x=OnCard()), lane)
+    assert done == [3, (3, (0, 7)), 3, 'random', 3] and lane.broken
 
 
 # ---------------------------------------------------------------- with a card
@@ -72,8 +106,9 @@ def plain(step, batch, parameters):
 def test_parity_of_replays_in_two_shapes_of_one_pool():
     step, batch, parameters = parts()
     want = {key: plain(step, batch(*key), parameters) for key in [(64, 1), (16, 2), (64, 3, 40), (16, 4)]}
+    for p in parameters: p.grad = torch.zeros_like(p)
     graphs = {64: StepGraph(step, on_card(batch(64, 0)))}
-    graphs[16] = StepGraph(step, on_card(batch(16, 0)), graphs[64].graph.pool())
+    graphs[16] = StepGraph(step, on_card(batch(16, 0)), graphs[64].lane)
     places = [p.grad.data_ptr() for p in parameters]
     for key, (loss, grads) in want.items():
         for p in parameters: p.grad.zero_()
@@ -95,4 +130,110 @@ def test_what_a_recorded_step_refuses():
     with pytest.raises(RuntimeError, match='cannot be put back in a recorded step'): StepGraph(step, on_card(batch(8, 0)))
     w = torch.ones(8, device='cuda', requires_grad=True)
     with pytest.raises(RuntimeError, match='level offload cannot be recorded'): StepGraph(lambda b: (Offloaded(b['weights']).get() * w).sum(), on_card(batch(8, 0)))
+    torch.cuda.synchronize()
+
+
+def asking(step):
+    "A step that cannot be recorded: it asks for its loss."
+    def ask(batch):
+        loss = step(batch)
+        return loss if loss.item() > -1 else None
+    return ask
+
+
+def break_off(step, batch, lane=None):
+    "A recording that fails."
+    with pytest.raises(RuntimeError, match='captur'): StepGraph(asking(step), batch, lane)
+
+
+@cuda
+def test_after_a_recording_that_broke_off_the_card_draws_and_trains_on():
+    step, batch, parameters = parts()
+    first = plain(step, batch(64, 1), parameters)
+    torch.cuda.manual_seed(7)
+    wanted = torch.rand(16, device='cuda'), torch.rand(16, device='cuda')
+    torch.cuda.manual_seed(7)
+    stream, drawn = torch.cuda.current_stream(), [torch.rand(16, device='cuda')]
+    break_off(step, on_card(batch(64, 0)))
+    assert torch.cuda.current_stream() == stream
+    drawn.append(torch.rand(16, device='cuda'))
+    assert all(torch.equal(a, b) for a, b in zip(drawn, wanted))              # the sequence goes on where it was
+    torch.cuda.empty_cache()                                                  # refused while a recording is believed to be under way
+    again = plain(step, batch(64, 1), parameters)
+    assert abs(again[0] - first[0]) <= 1e-5 * abs(first[0]) and all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(again[1], first[1]))
+    optimizer = torch.optim.SGD(parameters, lr=0.5)
+    losses = []
+    for _ in range(20):
+        losses.append(plain(step, batch(64, 1), parameters)[0])
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+@cuda
+def test_after_a_recording_that_broke_off_others_are_replayed_and_made():
+    step, batch, parameters = parts()
+    want = {n: plain(step, batch(n, 1), parameters) for n in (64, 16)}
+    earlier, grads = StepGraph(step, on_card(batch(64, 0))), [p.grad for p in parameters]
+    for lane in (None, earlier.lane): break_off(step, on_card(batch(32, 0)), lane)
+    assert earlier.lane.broken
+    with earlier.lane.taken(): plain(step, batch(48, 1), parameters)
+    for p, g in zip(parameters, grads): p.grad = g
+    later = StepGraph(step, on_card(batch(16, 0)))
+    for _ in range(2):
+        for n, graph in {64: earlier, 16: later}.items():
+            for p in parameters: p.grad.zero_()
+            assert abs(graph(batch(n, 1)).item() - want[n][0]) <= 1e-5 * abs(want[n][0])
+            assert all((p.grad - g).norm() <= 1e-5 * g.norm() for p, g in zip(parameters, want[n][1]))
+    torch.rand(4, device='cuda')
+
+
+@cuda
+def test_random_numbers_of_an_earlier_recording_go_on_after_one_that_broke_off():
+    w = torch.ones(1000, device='cuda', requires_grad=True)
+    drop = lambda b: (F.dropout(w, 0.5) * b['x']).sum()
+    graph = StepGraph(drop, dict(x=torch.ones(1000, device='cuda')))
+    def replayed(seed):
+        torch.manual_seed(seed)
+        return [graph(dict(x=torch.ones(1000, device='cuda'))).item() for _ in range(2)]
+    wanted = replayed(1)
+    break_off(lambda b: (b['x'] * w).sum(), dict(x=torch.ones(8, device='cuda').repeat(125)))
+    assert replayed(1) == wanted and wanted[0] != wanted[1] and replayed(2) != wanted
+
+
+@cuda
+def test_passes_on_a_lane_share_their_memory_and_turns_are_taken():
+    w = torch.ones(2**20, device='cuda', requires_grad=True)
+    w.grad = torch.zeros_like(w)
+    step = lambda b: (w * b['x'][:, None]).tanh().square().sum()             # 4 MiB per row, several times
+    def recorded(n, lane=None): return StepGraph(step, dict(x=torch.ones(n, device='cuda')), lane)
+    large = recorded(64)
+    held = torch.cuda.memory_reserved()
+    small = recorded(48, large.lane)
+    with large.lane.taken(): step(dict(x=torch.ones(56, device='cuda'))).backward()
+    assert torch.cuda.memory_reserved() - held < 64 * 2**20                    # the passes take 500 MiB and more
+    for factor in (1., 2., 3.):
+        w.grad.zero_()
+        x = torch.full((64,), factor, device='cuda')
+        loss, again = large(dict(x=x)).item(), step(dict(x=x))
+        want, = torch.autograd.grad(again, w)
+        assert loss == pytest.approx(again.item(), rel=1e-5)
+        assert (w.grad - want).norm() <= 1e-5 * want.norm()
+        small(dict(x=x[:48]))
+
+
+@cuda
+def test_the_host_runs_ahead_of_two_replays():
+    w = torch.randn(4096, 4096, device='cuda', requires_grad=True)
+    w.grad = torch.zeros_like(w)
+    def step(b):
+        y = b['x']
+        for _ in range(60): y = y @ w / 64
+        return y.square().mean()
+    graph, batch = StepGraph(step, dict(x=torch.ones(4096, 4096, device='cuda'))), dict(x=torch.ones(4096, 4096, device='cuda'))
+    graph(batch), graph(batch)
+    torch.cuda.synchronize()
+    done = torch.cuda.Event()
+    graph(batch), graph(batch)
+    done.record()
+    assert not done.query()
     torch.cuda.synchronize()

@@ -14,12 +14,14 @@ from homelab_ft.data.tokenize import make_cache, save_cache
 from homelab_ft.files import append_jsonl, read_jsonl
 from homelab_ft.train import run as training
 from homelab_ft.train.engine import Rectangles, mean_nll
-from homelab_ft.train.fast import Options, Rows, prepare
+from homelab_ft.train.fast import prepare
+from homelab_ft.train.fit import Options
 from homelab_ft.train.graph import StepGraph
 from homelab_ft.train.lora import attach_lora, load_adapter, recommended, save_adapter
 from homelab_ft.train.noise import add_noise, row_lengths, silenced
 from homelab_ft.train.packing import flat_batch, shape_of
 from homelab_ft.train.quantize import check_machine, load_base
+from homelab_ft.train.rows import Rows
 from homelab_ft.train.steps import make_optimizer, rate_factor, warmup_length
 from homelab_ft.train.watch import create_run, status
 

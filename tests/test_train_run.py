@@ -16,6 +16,7 @@ from homelab_ft.core import HomelabError, RunError, make_config
 from homelab_ft.data.tokenize import make_cache, save_cache
 from homelab_ft.files import append_jsonl, read_jsonl
 from homelab_ft.train import checkpoint, run as training, steps, watch
+from homelab_ft.train.process import follow, start
 from homelab_ft.train.watch import create_run, events, history, send, status
 
 FORKS = multiprocessing.get_context('forkserver')      # children start with the heavy imports done
@@ -83,7 +84,7 @@ def later(event): return lambda run, name, **k: die() if name == event else appe
 
 FAULTS = {
     'while the rows are loaded': lambda: setattr(training, 'load_cache', die),
-    'while the weights are loaded': lambda: setattr(training, 'attach_lora', die),
+    'while the weights are loaded': lambda: setattr(training, 'attach', die),
     'before the first checkpoint': lambda: setattr(training, 'take_step', nth(training.take_step, 3, die)),
     'in the first checkpoint': lambda: setattr(torch, 'save', torn_save),
     'before a checkpoint gets its name': lambda: setattr(checkpoint.os, 'rename', nth(os.rename, 2, die)),
@@ -96,7 +97,7 @@ FAULTS = {
 }
 
 
-def half_adapter(model, folder, tensors):
+def half_adapter(model, folder, *_):
     checkpoint.write_folder(folder, lambda new: torn_save(None, new / 'adapter_model.safetensors'))
 
 
@@ -190,12 +191,12 @@ def test_killed_between_the_last_evaluation_and_its_checkpoint(tmp_path, model, 
 
 def test_the_process_started_by_start_survives_kill_9(tmp_path, model, whole):
     run = new_run(tmp_path, model)
-    process = training.start(run)
+    process = start(run)
     while process.poll() is None and status(run).step < 8: time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL and status(run).state == 'interrupted'
-    with pytest.raises(RunError, match='--resume'): training.start(run)
-    assert training.follow(run, training.start(run, resume=True)).state == 'finished'
+    with pytest.raises(RunError, match='--resume'): start(run)
+    assert follow(run, start(run, resume=True)).state == 'finished'
     assert_same(run, whole)
 
 
@@ -294,12 +295,12 @@ def test_nan_keeps_the_last_good_checkpoint(tmp_path, model, monkeypatch):
 
 def test_exit_codes_and_where_the_error_is_told(tmp_path, model):
     run = new_run(tmp_path, model, 'typo', target_modules='q_porj')
-    assert training.start(run).wait() == 2
+    assert start(run).wait() == 2
     assert 'did you mean q_proj' in run.log_path.read_text() and 'Traceback' not in run.log_path.read_text()
     assert 'did you mean q_proj' in events(run)[-1]['error']
     run = new_run(tmp_path, model, 'crash')
     (run.checkpoints_path).write_text('a file where a folder should be')
-    assert training.start(run).wait() == 1
+    assert start(run).wait() == 1
     assert 'Traceback' in run.log_path.read_text() and events(run)[-1]['event'] == 'failed'
     assert training.main([str(tmp_path / 'nothing')]) == 2
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from drop_bars import without_bars
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = 'homelab_ft'
 
@@ -96,6 +99,11 @@ def check_title(cells):
     "Complaints about the first cell: nbdev takes the page's title, its lead and the module's docstring from it."
     fine = cells and cells[0][0] == 'markdown' and re.match(r'# [^#\s].*\n\n> \S.*', cells[0][1])
     return [] if fine else ['the first cell is not a `# Title`, an empty line and a `> one-line quote`']
+
+
+def check_outputs(notebook):
+    "Complaints about what an executed notebook has kept, as parsed JSON."
+    return [] if without_bars(notebook) == notebook else ['progress bars among the outputs, or state of widgets that nothing shows: run tools/drop_bars.py on it']
 
 
 # ---------------------------------------------------------------- import graph
@@ -324,9 +332,11 @@ def check_all(root=ROOT):
     "`{check: complaints}` for a repository."
     files, sources, settings = notebooks(root), module_sources(root), read_settings(root)
     cells = {f: read_cells(Path(root) / 'nbs' / f) for f in files}
+    executed = {f: json.loads((Path(root) / 'nbs' / f).read_text(encoding='utf-8')) for f in files}
     per_notebook = lambda check: [f'{f}: {c}' for f in files for c in check(cells[f])]
     reasons = '\n'.join(s for kind, s in cells.get('explanations/dependencies.ipynb', []) if kind == 'markdown')
-    return {'directives': per_notebook(check_directives), 'titles': per_notebook(check_title), 'imports': check_imports(sources), 'style': per_notebook(check_style) + check_sizes(sources),
+    return {'directives': per_notebook(check_directives), 'titles': per_notebook(check_title), 'outputs': [f'{f}: {c}' for f in files for c in check_outputs(executed[f])],
+            'imports': check_imports(sources), 'style': per_notebook(check_style) + check_sizes(sources),
             'site': check_site((Path(root) / '_quarto.yml').read_text(encoding='utf-8'), files, settings),
             'dependencies': check_dependencies(settings, reasons), 'stray': check_stray(tracked_texts(root))}
 

@@ -14,6 +14,7 @@ from homelab_ft.core import make_config
 from homelab_ft.train import fast, loss, recompute
 from homelab_ft.train.lora import attach_lora
 from homelab_ft.train.quantize import load_base
+from homelab_ft.train.rows import Rows
 from homelab_ft.train.shelf import Shelf
 from workload import fail, limit_card, say
 
@@ -57,7 +58,7 @@ def away(step, tokens, tile, room):
 
 def by_hand(model, asked, tile, room):
     "A step with its levels given, unchecked."
-    step = fast.Rows(model, asked)
+    step = Rows(model, asked)
     step.math, step.paths['compile'] = torch.compile(loss.chunk_loss), 'loss only'
     away(step, asked.longest, tile, room)
     return step
@@ -107,8 +108,7 @@ def attempt(step, optimizer, tokens, tile, room):
 
 def recover(step):
     "Forget what a step that broke off left."
-    step.model.zero_grad()
-    if getattr(step, 'copies', None): step.copies.forget()
+    step.forget()
     torch.cuda.empty_cache()
 
 

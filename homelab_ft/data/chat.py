@@ -43,7 +43,8 @@ def _read_template(
 def load_tokenizer(
     model: str,                  # folder, Hub id, or `embedded`
     chat_template: str = None,   # Jinja file that replaces the tokenizer's own template
-):                               # a transformers tokenizer with a chat template and a pad token
+    needs_template: bool = True, # False: plain text can do without
+):                               # a transformers tokenizer with a pad token, and, if needed, a chat template
     "The model's tokenizer; raises `ModelError` if it cannot be loaded or has no chat template."
     from transformers import AutoTokenizer
     template = chat_template and _read_template(chat_template)
@@ -52,7 +53,7 @@ def load_tokenizer(
     except Exception as e:
         raise ModelError('the tokenizer cannot be loaded', value=f'{model}: {e}', next_step="check the model's folder or id") from e
     if template: tok.chat_template = template
-    if not tok.chat_template:
+    if needs_template and not tok.chat_template:
         raise ModelError('the tokenizer has no chat template', value=model, next_step='set chat_template=FILE, a Jinja template for this model')
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token or end_of_turn(tok)
     return tok
@@ -135,7 +136,8 @@ def end_of_turn(
     tok,             # tokenizer with a chat template
 ) -> str:            # for example `'<|eot_id|>'`
     "The token, as text, that the template puts behind an assistant's answer; raises `ModelError` if there is none."
-    return _find_end_of_turn(tok, tok.get_chat_template())
+    if tok.chat_template: return _find_end_of_turn(tok, tok.get_chat_template())
+    raise ModelError('the tokenizer has no chat template', value=tok.name_or_path, next_step='set chat_template=FILE, a Jinja template for this model')
 
 # %% ../../nbs/data/chat.ipynb #1d9c863c
 def end_of_turn_ids(

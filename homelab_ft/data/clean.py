@@ -66,9 +66,10 @@ def _repaired(
 ):
     "The example with every message repaired; the same object if nothing changed."
     texts = [repair(m['content']) for m in example.messages]
-    if texts == [m['content'] for m in example.messages]: return example
+    rejected = example.rejected and repair(example.rejected)
+    if [*texts, rejected] == [*(m['content'] for m in example.messages), example.rejected]: return example
     messages = [m | dict(content=t) for m, t in zip(example.messages, texts)]
-    return replace(example, messages=messages, label=example.label and texts[-1])
+    return replace(example, messages=messages, label=example.label and texts[-1], rejected=rejected)
 
 # %% ../../nbs/data/clean.ipynb #71510d02
 def _repair_all(
@@ -83,9 +84,9 @@ def _repair_all(
 def _is_blank(
     example,         # `Example`
 ) -> bool:
-    "True if the answer, or everything before it but the system prompt, is blank."
-    asked = any(m['content'].strip() for m in example.messages[:-1] if m['role'] != 'system')
-    return not asked or not example.answer.strip()
+    "True if the answer, or everything before it but the system prompt, is blank; plain text has nothing before it."
+    asked = example.messages[0]['role'] == 'text' or any(m['content'].strip() for m in example.messages[:-1] if m['role'] != 'system')
+    return not asked or not example.answer.strip() or example.rejected is not None and not example.rejected.strip()
 
 # %% ../../nbs/data/clean.ipynb #2fe8eeca
 def _by(
@@ -110,7 +111,7 @@ def _in_conflict(
 @dataclass
 class Finding:
     "One kind of dirt: what was done about it and the `rows` of the file, each once."
-    kind: str        # mojibake, html, blank, conflict, duplicate or near_duplicate
+    kind: str        # mojibake, html, blank, conflict, duplicate, same_answers, both_ways or near_duplicate
     action: str      # what was done
     rows: list       # row numbers in the file, from 1
 
@@ -157,7 +158,7 @@ def _repeats(
     examples: list,  # `Example`s
 ) -> list:           # those to drop
     "Later copies of the same conversation."
-    same = _by(examples, lambda e: tuple((m['role'], normalise(m['content'])) for m in e.messages))
+    same = _by(examples, lambda e: tuple((m['role'], normalise(m['content'])) for m in e.messages) + (normalise(e.rejected or ''),))
     return [e for copies in same.values() for e in copies[1:]]
 
 # %% ../../nbs/data/clean.ipynb #68ef6395
@@ -167,6 +168,22 @@ def _conflicts(
     "Classified examples whose text has several labels."
     same = _by([e for e in examples if e.label is not None], lambda e: normalise(e.prompt))
     return [e for copies in same.values() for e in _in_conflict(copies)]
+
+# %% ../../nbs/data/clean.ipynb #c47b61b6
+def _same_answers(
+    examples: list,  # preference `Example`s
+) -> list:           # those to drop
+    "Examples whose better and worse answer are the same text."
+    return [e for e in examples if e.answer.strip() == e.rejected.strip()]
+
+# %% ../../nbs/data/clean.ipynb #4d436710
+def _both_ways(
+    examples: list,  # preference `Example`s
+) -> list:           # those to drop
+    "Examples whose judgement another row contradicts."
+    pairs = [(normalise(e.prompt), e.answer.strip(), e.rejected.strip()) for e in examples]
+    judged = set(pairs)
+    return [e for e, (prompt, better, worse) in zip(examples, pairs) if (prompt, worse, better) in judged]
 
 # %% ../../nbs/data/clean.ipynb #a2d26182
 def _drop(
@@ -188,8 +205,10 @@ def clean(
     note('mojibake', 'repaired', rows)
     examples, rows = _repair_all(examples, lambda e: e if _is_about_code(e.messages) else _repaired(e, strip_html))
     note('html', 'tags and entities removed', rows)
+    preferences = [('same_answers', 'dropped: both answers are equal', _same_answers), ('both_ways', 'dropped: judged both ways', _both_ways)]
     for kind, action, find in (('blank', 'dropped', lambda es: [e for e in es if _is_blank(e)]),
-                               ('conflict', 'dropped, unless most copies agree', _conflicts), ('duplicate', 'dropped, first kept', _repeats)):
+                               ('conflict', 'dropped, unless most copies agree', _conflicts), ('duplicate', 'dropped, first kept', _repeats),
+                               *(preferences if any(e.rejected is not None for e in examples) else [])):
         examples, rows = _drop(examples, find(examples))
         note(kind, action, rows)
     report.rows_out, report.groups = len(examples), near_groups([e.prompt for e in examples])

@@ -16,13 +16,15 @@ from ..files import Table, table_markdown
 @dataclass
 class Layout:
     "Which columns of a file mean what; columns in `left_out` are not read."
-    kind: str                                         # conversational, instruction, prompt_completion or classification
+    kind: str                                         # conversational, instruction, prompt_completion, classification, preference or text
     messages_column: str = None                       # conversational
-    prompt_column: str = None                         # instruction and prompt_completion
+    prompt_column: str = None                         # instruction, prompt_completion and preference
     input_column: str = None                          # instruction: what the instruction is about
     completion_column: str = None                     # instruction and prompt_completion
-    text_columns: list = field(default_factory=list)  # classification
+    text_columns: list = field(default_factory=list)  # classification; text: the one
     label_column: str = None                          # classification
+    chosen_column: str = None                         # preference: the better answer
+    rejected_column: str = None                       # preference: the worse answer
     left_out: list = field(default_factory=list)      # columns that are not read
 
     def _table(self) -> Table:
@@ -125,15 +127,38 @@ def _classification(
     texts = named['text_columns'] or [c for c in columns if c != label and _is_text(rows, c)]
     return label and texts and Layout('classification', label_column=label, text_columns=texts)
 
+# %% ../../nbs/data/layout.ipynb #f257c5c6
+def _text(
+    rows: list,      # dicts
+    named: dict,     # columns that the settings name, and `layout`
+) -> Layout:         # None if it does not fit
+    "One column of plain text: named by the settings, called so, or the only one."
+    texts = [c for c in columns_of(rows) if _is_text(rows, c)]
+    known = [c for c in texts if c.lower().strip() in ('text', 'content')]
+    found = named['text_columns'] or (known[:1] or texts if named['layout'] == 'text' else known if known == texts else [])
+    return Layout('text', text_columns=found) if len(found) == 1 else None
+
+# %% ../../nbs/data/layout.ipynb #76788400
+def _preference(
+    rows: list,      # dicts
+    named: dict,     # columns that the settings name
+) -> Layout:         # None if it does not fit
+    "A better and a worse answer, and what they answer."
+    columns = columns_of(rows)
+    chosen, rejected = (named[f'{which}_column'] or _first([which], columns) for which in ('chosen', 'rejected'))
+    prompt = named['prompt_column'] or _first(['prompt', 'question', 'instruction', 'query', 'input'], columns)
+    alone = not prompt and not any(isinstance(row.get(chosen), list) or str(row.get(chosen)).lstrip().startswith('[') for row in rows)
+    return chosen and rejected and not alone and Layout('preference', prompt_column=prompt, chosen_column=chosen, rejected_column=rejected)
+
 # %% ../../nbs/data/layout.ipynb #95991f42
-_detectors = dict(conversational=_conversational, instruction=_instruction, prompt_completion=_prompt_completion, classification=_classification)
-_column_settings = ['text_columns', 'label_column', 'prompt_column', 'completion_column', 'messages_column']
+_detectors = dict(preference=_preference, conversational=_conversational, instruction=_instruction, prompt_completion=_prompt_completion, classification=_classification, text=_text)
+_column_settings = ['text_columns', 'label_column', 'prompt_column', 'completion_column', 'messages_column', 'chosen_column', 'rejected_column']
 
 # %% ../../nbs/data/layout.ipynb #e712ef95
 def _named_columns(
     columns: list,   # names in the file
     config,          # `RunConfig` or None
-) -> dict:           # setting -> column or columns
+) -> dict:           # setting -> column or columns, and the `layout` asked for
     "The columns that the settings name; `DataError` with near matches for one that the file lacks."
     named = {s: getattr(config, s, None) for s in _column_settings}
     for setting, value in named.items():
@@ -142,7 +167,7 @@ def _named_columns(
             near = near_matches(name, columns)
             raise DataError(f'{setting} names a column that the file lacks', value=name, allowed=', '.join(columns),
                             next_step=f'did you mean {near[0]}?' if near else f'set {setting} to one of these')
-    return named
+    return named | {'layout': getattr(config, 'layout', 'auto')}
 
 # %% ../../nbs/data/layout.ipynb #4fda5a45
 def _kinds_to_try(
@@ -151,8 +176,9 @@ def _kinds_to_try(
 ) -> list:           # layout kinds
     "The layouts that the settings leave open."
     if config is not None and config.layout != 'auto': return [config.layout]
+    if named['chosen_column'] or named['rejected_column']: return ['preference']
     if named['messages_column']: return ['conversational']
-    if named['label_column'] or named['text_columns']: return ['classification']
+    if named['label_column'] or named['text_columns']: return ['classification'] + ['text'] * (not named['label_column'])
     if named['prompt_column'] or named['completion_column']: return ['prompt_completion']
     return list(_detectors)
 
@@ -168,7 +194,9 @@ def detect_layout(
     layout = next((found for kind in kinds if (found := _detectors[kind](rows, named))), None)
     if layout is None:
         raise DataError(f"the layout cannot be told from the columns ({' or '.join(kinds)})", value=', '.join(columns),
-                        next_step='name them: prompt_column and completion_column, or text_columns and label_column, or messages_column')
+                        next_step='name them: prompt_column and completion_column, or text_columns and label_column, or messages_column, or chosen_column and rejected_column; or layout=text and one text column')
+    if layout.kind == 'text' and config and config.system_prompt:
+        raise DataError('plain text has no place for a system prompt', value=config.system_prompt, next_step='remove system_prompt, or set another layout')
     used = [c for v in vars(layout).values() for c in (v if isinstance(v, list) else [v])]
     layout.left_out = [c for c in columns if c not in used]
     return layout
@@ -188,7 +216,6 @@ def _plain(
 # %% ../../nbs/data/layout.ipynb #f783c55f
 _roles = dict(user='user', human='user', assistant='assistant', gpt='assistant', model='assistant', bot='assistant', system='system')
 
-# %% ../../nbs/data/layout.ipynb #c7a05f0f
 def _turn(
     turn,            # one message of a conversation, as found
 ) -> dict:           # `role` and `content`
@@ -200,19 +227,29 @@ def _turn(
         raise DataError('a message with an unknown role', value=role, allowed=', '.join(_roles), next_step='rename the role or remove the row')
     return dict(role=_roles[role.lower()], content='' if content is None else str(content))
 
-# %% ../../nbs/data/layout.ipynb #4c95e820
-def _conversation(
-    row: dict,       # a row
-    layout: Layout,  # with `messages_column`
-) -> list:           # messages, the last the assistant's
-    "The messages of a row; JSON text is read first."
-    found = turns = row.get(layout.messages_column) or []
+# %% ../../nbs/data/layout.ipynb #fd5e03ab
+def _turns(
+    row: dict,         # a row
+    column: str,       # name
+    role: str = None,  # whose words a lone text would be; None: it must be a list
+) -> list:             # messages
+    "The messages in a cell."
+    found = turns = row.get(column) or []
     if isinstance(found, str):
         try: turns = json.loads(found)
         except ValueError: pass
-    if not isinstance(turns, list):
-        raise DataError(f'column {layout.messages_column} is neither a list nor JSON of one', value=found, allowed='[{"role": ..., "content": ...}, ...]', next_step='mend the row')
-    messages = [_turn(t) for t in turns]
+    if role and not (isinstance(turns, list) and all(isinstance(t, dict) for t in turns)): return [dict(role=role, content=_plain(row, column))]
+    if isinstance(turns, list): return [_turn(t) for t in turns]
+    raise DataError(f'column {column} is neither a list nor JSON of one', value=found, allowed='[{"role": ..., "content": ...}, ...]', next_step='mend the row')
+
+# %% ../../nbs/data/layout.ipynb #4c95e820
+def _conversation(
+    row: dict,       # a row
+    layout: Layout,  # with `messages_column`, or with `chosen_column`
+) -> list:           # messages, the last the assistant's
+    "The messages of a row."
+    messages = _turns(row, layout.messages_column) if layout.messages_column else _turns(row, layout.chosen_column, 'assistant')
+    if layout.prompt_column and messages and messages[0]['role'] == 'assistant': messages = _turns(row, layout.prompt_column, 'user') + messages
     while messages and messages[-1]['role'] != 'assistant': messages.pop()
     return messages or _pair('', '')
 
@@ -240,7 +277,8 @@ def _messages(
     layout: Layout,  # what its columns mean
 ) -> list:
     "The row as messages, without a system prompt of ours."
-    if layout.kind == 'conversational': return _conversation(row, layout)
+    if layout.kind in ('conversational', 'preference'): return _conversation(row, layout)
+    if layout.kind == 'text': return [dict(role='text', content=_plain(row, layout.text_columns[0]))]
     if layout.kind == 'classification': return _pair(_question(row, layout), _plain(row, layout.label_column).strip())
     given = [t for c in (layout.prompt_column, layout.input_column) if (t := _plain(row, c)).strip()]
     return _pair('\n\n'.join(given), _plain(row, layout.completion_column))
@@ -251,7 +289,7 @@ def to_examples(
     layout: Layout,             # as from `detect_layout`
     system_prompt: str = None,  # put before every example that has none
 ) -> list:                      # `Example`s, in the order of the rows
-    "The rows as chat examples; blank prompts and answers stay as empty text."
+    "The rows as chat examples, of preferences the better answer; blank prompts and answers stay as empty text."
     examples = []
     for place, row in enumerate(rows, 1):
         number = getattr(row, 'number', place)

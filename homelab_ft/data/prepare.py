@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..core import ConfigError, DataError, DataSettings, Example, RunConfig
-from .chat import Encoded, TemplateReport, check_template, encode, marked
+from .chat import Encoded, check_template, encode, marked
 from .clean import CleaningReport, clean, cleaning_table
 from .layout import Layout, columns_of, detect_layout, to_examples
-from .load import load_rows
+from .load import load_rows, source_fingerprint
 from .near import normalise
+from .pairs import check_objective, read_examples, tokenize_any
+from .plain import encode_text
 from .split import check_labels, groups_of, halve, split
 from .tokenize import TokenCache, TokenReport, load_cache, save_cache, take, tokenize_examples, tokenizer_fingerprint
 from ..files import Table, file_fingerprint, fingerprint, read_jsonl, table_html, table_markdown, write_atomic, write_json
@@ -34,6 +36,12 @@ class Prepared:
     fingerprint: str            # SHA-256 of all that went in: file, settings, tokenizer, template
     rows: dict                  # counts: file, cleaned, tokenized, train, validation, test
     cached: bool = False        # True if it was there already
+    rejected: dict = None       # preferences: train_rejected, ... -> `TokenCache` of the worse answers, row by row as in train, ...
+
+    @property
+    def caches(self) -> dict:
+        "All token caches by the name of their file."
+        return {p: getattr(self, p) for p in PARTS} | (self.rejected or {})
 
     def markdown(self) -> str:
         "The report as Markdown."
@@ -53,6 +61,7 @@ class _Source:
     rows: int                 # in the file
     cleaning: CleaningReport
     tokens: TokenReport
+    rejected: TokenCache = None
 
 # %% ../../nbs/data/prepare.ipynb #71ff41a4
 def _check_columns(
@@ -75,9 +84,11 @@ def _read(
     rows = load_rows(path, config.encoding, None if layout else config.max_rows, config.seed)
     if layout: _check_columns(rows, layout)
     else: layout = detect_layout(rows, config)
-    examples, cleaning = clean(to_examples(rows, layout, config.system_prompt))
-    cache, kept, tokens = tokenize_examples(examples, tok, config.max_length, config.overlong_rows, encode)
-    return _Source(layout, [examples[i] for i in kept], [cleaning.groups[i] for i in kept], cache, len(rows), cleaning, tokens)
+    check_objective(config, layout.kind)
+    if layout.kind != 'text': check_template(tok)
+    examples, cleaning = clean(read_examples(to_examples, rows, layout, config.system_prompt))
+    cache, rejected, kept, tokens = tokenize_any(examples, tokenize_examples, take, tok, config.max_length, config.overlong_rows, encode_text if layout.kind == 'text' else encode)
+    return _Source(layout, [examples[i] for i in kept], [cleaning.groups[i] for i in kept], cache, len(rows), cleaning, tokens, rejected)
 
 # %% ../../nbs/data/prepare.ipynb #8bbf255d
 def _read_test(
@@ -119,8 +130,7 @@ def _divide(
     config: RunConfig,    # the settings
 ) -> tuple:               # `(part -> examples, rows lost to the test file, rows lost to rare labels)`
     "Take out what may not be trained on, and split the rest."
-    test = test and test.examples
-    inside = _without_test_prompts(source.examples, test or [])
+    inside = _without_test_prompts(source.examples, (test := test and test.examples) or [])
     if not inside: raise DataError('every row of data is also in test_data', value=f'{len(source.examples)} rows', next_step='give another test_data')
     kept = [inside[i] for i in check_labels([source.examples[i] for i in inside], config.rare_labels)]
     parts = _split([source.examples[i] for i in kept], [source.groups[i] for i in kept], test, config)
@@ -130,10 +140,11 @@ def _divide(
 def _cache_of(
     source: _Source,   # a file
     part: list,        # some of its examples
+    side: str = 'cache',   # or 'rejected'
 ) -> TokenCache:
     "The tokens of a part."
     position = {row: i for i, row in enumerate(source.cache.rows.tolist())}
-    return take(source.cache, [position[e.row] for e in part])
+    return take(getattr(source, side), [position[e.row] for e in part])
 
 # %% ../../nbs/data/prepare.ipynb #65409975
 def _way(
@@ -172,26 +183,15 @@ def _report(
     source: _Source,             # the training file
     test: _Source,               # the test file, or None
     caches: dict,                # part -> `TokenCache`
-    template: TemplateReport,    # what the template does
     tok,                         # tokenizer
     notes: dict,                 # what else happened -> number of rows
 ) -> list:                       # of `Table`
     "All that a person may want to check."
-    columns = Table(['setting', 'value'], [[k, ', '.join(v) if isinstance(v, list) else v] for k, v in asdict(source.layout).items() if v], 'Layout')
-    tables = [_way(source, caches, notes), cleaning_table(source.cleaning), source.tokens.table(), columns,
-              template.table(), _example_table(caches['train'], tok)]
+    tables = [_way(source, caches, notes), cleaning_table(source.cleaning), source.tokens.table(), source.layout._table(),
+              *([] if source.layout.kind == 'text' else [check_template(tok).table()]), _example_table(caches['train'], tok)]
     if not test: return tables
     found = cleaning_table(test.cleaning)
     return tables + [Table(found.headers, found.rows, f'Test file. {found.title}'), test.tokens.table()]
-
-# %% ../../nbs/data/prepare.ipynb #aa705435
-def _source_fingerprint(
-    path: str,         # file, or folder of a saved dataset
-) -> str:
-    "SHA-256 of a file, or of all files in a folder with their names."
-    path = Path(path).expanduser()
-    if not path.is_dir(): return file_fingerprint(path)
-    return fingerprint({str(p.relative_to(path)): file_fingerprint(p) for p in sorted(path.rglob('*')) if p.is_file()})
 
 # %% ../../nbs/data/prepare.ipynb #1ae1f972
 def _key(
@@ -201,7 +201,7 @@ def _key(
     "SHA-256 of all that shapes the prepared data."
     elsewhere = ('model', 'data', 'test_data', 'chat_template')     # their content counts, not their name
     settings = {k: getattr(config, k) for k in [*DataSettings.model_fields, 'seed'] if k not in elsewhere}
-    files = [p and _source_fingerprint(p) for p in (config.data, config.test_data)]
+    files = [p and source_fingerprint(p) for p in (config.data, config.test_data)]
     return fingerprint({'form': 1, 'files': files, 'settings': settings, 'tokenizer': tokenizer_fingerprint(tok)})
 
 # %% ../../nbs/data/prepare.ipynb #65d0eecd
@@ -214,10 +214,10 @@ def _save(
 ):
     "Write everything, the seal last."
     (folder / 'data.json').unlink(missing_ok=True)
-    for part in PARTS: save_cache(getattr(prepared, part), folder / f'{part}.safetensors')
+    for name, cache in prepared.caches.items(): save_cache(cache, folder / f'{name}.safetensors')
     tests = write_atomic(folder / 'test_examples.jsonl', ''.join(json.dumps(asdict(e), ensure_ascii=False) + '\n' for e in prepared.test_examples))
     write_atomic(folder / 'data_report.md', prepared.markdown())
-    seal = {part: getattr(prepared, part).fingerprint for part in PARTS} | {'test_examples': file_fingerprint(tests)}
+    seal = {name: c.fingerprint for name, c in prepared.caches.items()} | {'test_examples': file_fingerprint(tests)}
     write_json(folder / 'data.json', dict(fingerprint=prepared.fingerprint, rows=prepared.rows, labels=prepared.labels, layout=asdict(prepared.layout),
                                           seal=seal, report=[asdict(t) for t in prepared.report]))
 
@@ -247,9 +247,9 @@ def load_prepared(
     "Read a prepared folder back; raises `DataError` if it is unfinished, or if a file in it is missing, torn or not the one that was sealed."
     folder, about = Path(folder), _read_seal(folder)
     if about is None: raise DataError('the folder holds no prepared data', value=folder, next_step='prepare the data')
-    caches, tests = {part: load_cache(folder / f'{part}.safetensors') for part in PARTS}, folder / 'test_examples.jsonl'
+    caches, tests = {n: load_cache(folder / f'{n}.safetensors') for n in about['seal'] if n != 'test_examples'}, folder / 'test_examples.jsonl'
     _check_seal(about['seal'], caches, tests)
-    return Prepared(**caches, test_examples=[Example(**e) for e in read_jsonl(tests)], labels=about['labels'], layout=Layout(**about['layout']),
+    return Prepared(**{p: caches.pop(p) for p in PARTS}, rejected=caches or None, test_examples=[Example(**e) for e in read_jsonl(tests)], labels=about['labels'], layout=Layout(**about['layout']),
                     report=[Table(**t) for t in about['report']], fingerprint=about['fingerprint'], rows=about['rows'], cached=True)
 
 # %% ../../nbs/data/prepare.ipynb #3339add8
@@ -257,17 +257,17 @@ def _build(
     config: RunConfig,          # the settings
     tok,                        # tokenizer with a chat template
     key: str,                   # fingerprint of all that goes in
-    template: TemplateReport,   # what the template does
 ) -> Prepared:
     "Read, divide, report; nothing is written."
     source = _read(config.data, config, tok)
     test = _read_test(config, tok, source.layout)
     parts, leaked, rare = _divide(source, test, config)
-    caches = {name: _cache_of(test if test and name == 'test' else source, part) for name, part in parts.items()}
+    side = lambda which: {name: _cache_of(test if test and name == 'test' else source, part, which) for name, part in parts.items()}
+    caches, rejected = side('cache'), source.rejected and {f'{name}_rejected': c for name, c in side('rejected').items()}
     labels = sorted({e.label for part in parts.values() for e in part}) if source.layout.kind == 'classification' else None
     rows = dict(file=source.rows, cleaned=source.cleaning.rows_out, tokenized=len(source.cache)) | {name: len(c) for name, c in caches.items()}
-    return Prepared(**caches, test_examples=parts['test'], labels=labels, layout=source.layout, fingerprint=key, rows=rows,
-                    report=_report(source, test, caches, template, tok, _notes(parts, leaked, rare)))
+    return Prepared(**caches, rejected=rejected, test_examples=parts['test'], labels=labels, layout=source.layout, fingerprint=key, rows=rows,
+                    report=_report(source, test, caches, tok, _notes(parts, leaked, rare)))
 
 # %% ../../nbs/data/prepare.ipynb #0c3a446d
 def _reusable(
@@ -285,16 +285,16 @@ def _reusable(
 # %% ../../nbs/data/prepare.ipynb #97efef9f
 def prepare(
     config: RunConfig,   # which data, and how it becomes rows
-    tok,                 # tokenizer with a chat template (`data.chat.load_tokenizer`)
+    tok,                 # tokenizer (`data.chat.load_tokenizer`), with a chat template unless the rows are plain text
     folder,              # where the result is kept, usually the run's `data` folder
 ) -> Prepared:
     "Turn a data file into caches, test rows and a report; the same input finds its earlier result. Raises `DataError`, `ModelError` or `ConfigError` before anything is written."
     if not config.data: raise ConfigError('no data file is given', allowed='CSV, JSON, JSONL, Parquet, or a saved datasets folder', next_step='set data=FILE')
     for path in filter(None, (config.data, config.test_data)):
         if not Path(path).expanduser().exists(): load_rows(path)     # says what is wrong with the path
-    template, key, folder = check_template(tok), _key(config, tok), Path(folder)
+    key, folder = _key(config, tok), Path(folder)
     prepared = _reusable(folder, key)
     if prepared is None:
-        prepared = _build(config, tok, key, template)
+        prepared = _build(config, tok, key)
         _save(prepared, folder)
     return prepared

@@ -218,4 +218,4 @@ def tokenizer_fingerprint(
     backend = getattr(tok, 'backend_tokenizer', None)
     rules = json.loads(backend.to_str()) if backend else dict(tok.get_vocab())
     for passing in ('padding', 'truncation'): rules.pop(passing, None)     # settings of one call
-    return fingerprint({'rules': rules, 'template': tok.get_chat_template(), 'eos': tok.eos_token_id})
+    return fingerprint({'rules': rules, 'template': tok.chat_template and tok.get_chat_template(), 'eos': tok.eos_token_id})

@@ -15,6 +15,7 @@ from ..core import DataError, RunConfig, RunError, model_path
 from ..files import Table, now, read_jsonl, write_json
 from ..plan.hardware import check_disk, check_writable
 from ..data.chat import encode, end_of_turn_ids, load_tokenizer, prompt_ids, render
+from ..data.plain import encode_text, end_ids, holds_text, is_text
 from ..data.tokenize import make_cache
 from ..train.checkpoint import write_folder
 from ..train.engine import collate, label_nll
@@ -38,6 +39,7 @@ def _plain_base(
 ):                         # transformers model without quantized layers
     "The weights that the adapter was trained against: as stored, or, quantized, after their rounding to 4 or 8 bits."
     if config.method == 'lora': return load_base(config.model, 'lora', stored_dtype(config.model), 'cpu')
+    if config.method == 'full': return load_base(config.model, 'full', 'float32', 'cpu')      # replaced by the tuned model
     model = load_base(config.model, config.method, resolve_dtype(config), resolve_device(config), config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
     logging.getLogger('transformers.integrations.bitsandbytes').setLevel(logging.ERROR)   # it warns that what we ask for happens
     return model.dequantize(dtype=model.dtype)
@@ -47,9 +49,10 @@ def _merged_model(
     run: RunFolder,        # a run with an adapter
     config: RunConfig,     # its settings
 ):                         # transformers model in the checkpoint's type, on the CPU
-    "Base and adapter as one. peft adds the float32 update in place, so each weight is rounded once."
+    "Base and adapter as one, or the model tuned as a whole. peft adds the float32 update in place, so each weight is rounded once."
     import torch
-    model = load_adapter(_plain_base(config), run.adapter_path).merge_and_unload()
+    model = load_adapter(_plain_base(config), run.adapter_path)
+    if config.method != 'full': model = model.merge_and_unload()
     return model.to('cpu', getattr(torch, stored_dtype(config.model)))
 
 # %% ../../nbs/deploy/merge.ipynb #f444fd04
@@ -59,7 +62,7 @@ def _check_target(
 ):
     "Everything that can be known before the weights are loaded: `RunError` or `HardwareError`."
     if out.exists(): raise RunError('there is a folder already, and nothing is overwritten', value=out, next_step='move it away, or merge to another folder')
-    if not (run.adapter_path / 'adapter_config.json').exists():
+    if not any(run.adapter_path.glob('*.safetensors')):
         raise RunError('the run has no adapter yet', value=run.path, next_step='train it first: homelab-ft train')
     check_writable(out.parent)
 
@@ -67,6 +70,7 @@ def _check_target(
 def _save_model(
     model,           # transformers model
     tok,             # its tokenizer
+    ends: set,       # tokens that end an answer, or a text
     out: Path,       # the folder to make
 ):
     "Write a model folder in one step: a temporary folder beside it, then a rename."
@@ -74,7 +78,7 @@ def _save_model(
         model.save_pretrained(new)
         tok.save_pretrained(new)
         if out.exists(): raise RunError('the folder has appeared meanwhile, and nothing is overwritten', value=out)
-    model.generation_config.eos_token_id = sorted(end_of_turn_ids(tok))
+    model.generation_config.eos_token_id = sorted(ends)
     model.generation_config.pad_token_id = tok.pad_token_id
     check_disk(out.parent, sum(p.nbytes for p in model.parameters()) + 2**26)
     write_folder(out, fill)
@@ -87,7 +91,8 @@ def merge(
     "Base and adapter as one plain model folder; `RunError` if it exists or nothing was trained, `HardwareError` if it cannot be written."
     config, out = run.config(), Path(out or run.merged_path)
     _check_target(run, out)
-    _save_model(_merged_model(run, config), load_tokenizer(config.model, config.chat_template), out)
+    tok = load_tokenizer(config.model, config.chat_template, needs_template=False)
+    _save_model(_merged_model(run, config), tok, end_ids(tok) if holds_text(run.data_path) else end_of_turn_ids(tok), out)
     return out
 
 # %% ../../nbs/deploy/merge.ipynb #49ff153a
@@ -105,20 +110,39 @@ def _answer_nll(
         parts = [label_nll(model, collate(cache, list(range(i, min(i + batch_size, len(cache)))), 0))[0] for i in starts]
     return torch.cat(parts).cpu().numpy()
 
+# %% ../../nbs/deploy/merge.ipynb #cfe93563
+def _text_probe(
+    talks: list,           # plain texts
+    tok,                   # the tokenizer
+    config: RunConfig,     # the length of rows
+) -> tuple:                # (prompts, encoded rows, token ids of the prompts, end tokens, new tokens)
+    "What is compared of plain texts."
+    encoded = [tuple(part[:config.max_length] for part in encode_text(t, tok)) for t in talks]
+    return [t[0]['content'] for t in talks], encoded, [ids[:max(1, len(ids) // 2)] for ids, _ in encoded], end_ids(tok), 1
+
+# %% ../../nbs/deploy/merge.ipynb #2d4edd4e
+def _talk_probe(
+    talks: list,           # conversations, each ending with an answer
+    tok,                   # the tokenizer
+    config: RunConfig,     # the length of answers
+) -> tuple:                # (prompts, encoded rows, token ids of the prompts, end tokens, new tokens)
+    "What is compared of conversations."
+    prompts = [render(t[:-1], tok, add_generation_prompt=True) for t in talks]
+    return prompts, [tuple(encode(t, tok)) for t in talks], [prompt_ids(t[:-1], tok) for t in talks], end_of_turn_ids(tok), min(config.max_new_tokens, 32)
+
 # %% ../../nbs/deploy/merge.ipynb #ff67214c
 def _probe(
     model,                 # causal language model
     tok,                   # its tokenizer
-    talks: list,           # conversations, each ending with an answer
-    config: RunConfig,     # batch size and length of answers
+    talks: list,           # conversations, each ending with an answer, or plain texts
+    config: RunConfig,     # batch size and lengths
     progress: bool,        # show bars
-) -> dict:                 # prompts, ids, nll, answers
+) -> dict:                 # prompts, rows, ids, nll, answers
     "What the gate compares, for one model."
-    size, encoded = config.per_device_train_batch_size, [encode(t, tok) for t in talks]
-    questions = [prompt_ids(t[:-1], tok) for t in talks]
-    answers = generate_greedy(model, questions, end_of_turn_ids(tok), min(config.max_new_tokens, 32), batch_size=size, progress=progress)
-    return dict(prompts=[render(t[:-1], tok, add_generation_prompt=True) for t in talks], ids=[e.input_ids for e in encoded],
-                nll=_answer_nll(model, encoded, size, progress), answers=answers)
+    size, take = config.per_device_train_batch_size, _text_probe if is_text(talks[0]) else _talk_probe
+    prompts, rows, questions, ends, new = take(talks, tok, config)
+    answers = generate_greedy(model, questions, ends, new, batch_size=size, progress=progress)
+    return dict(prompts=prompts, rows=rows, ids=[ids for ids, _ in rows], nll=_answer_nll(model, rows, size, progress), answers=answers)
 
 # %% ../../nbs/deploy/merge.ipynb #4843f960
 def nudge(
@@ -155,16 +179,18 @@ class Parity:
     largest: float          # largest absolute difference of one token, nats
     greedy_equal: float     # share of greedy answers that are the same tokens
     explained: float = 0.   # distance that rounding explains, nats per token
+    inputs: float = 0.      # int8: distance that rounding the inputs to 8 bits makes, nats per token
     merged: str = ''        # name of the merged folder
     time: str = ''          # when, UTC
 
     @property
     def checks(self) -> list:
         "`(what, seen, allowed, held)` of each condition."
-        share, allowed = lambda x: f'{100 * x:.1f} %', max(ALWAYS_ALLOWED, TIMES_EXPLAINED * self.explained)
+        share, allowed = lambda x: f'{100 * x:.1f} %', max(ALWAYS_ALLOWED, TIMES_EXPLAINED * self.explained) + self.inputs
+        why = f'rounding explains {self.explained:.5f}' + f', 8-bit inputs {self.inputs:.5f}' * (self.inputs > 0)
         return [('rendered prompts equal', share(self.prompts_equal), '100 %', self.prompts_equal == 1),
                 ('token ids equal', share(self.ids_equal), '100 %', self.ids_equal == 1),
-                ('mean distance of NLL', f'{self.distance:.5f} nats/token', f'at most {allowed:.5f}; rounding explains {self.explained:.5f}', self.distance <= allowed),
+                ('mean distance of NLL', f'{self.distance:.5f} nats/token', f'at most {allowed:.5f}; {why}', self.distance <= allowed),
                 ('mean shift of NLL', f'{self.shift:+.5f} nats/token', 'reported only', True),
                 ('largest distance of NLL', f'{self.largest:.5f} nats', 'reported only', True),
                 ('greedy answers equal', share(self.greedy_equal), f'at least {100 * GREEDY_EQUAL:.0f} %', self.greedy_equal >= GREEDY_EQUAL)]
@@ -215,7 +241,18 @@ def _probe_run(
 ) -> dict:
     "The adapter's side; its memory is free again afterwards."
     base = load_base(config.model, config.method, resolve_dtype(config), resolve_device(config), config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
-    return _probe(load_adapter(base, run.adapter_path), load_tokenizer(config.model, config.chat_template), talks, config, progress)
+    return _probe(load_adapter(base, run.adapter_path), load_tokenizer(config.model, config.chat_template, needs_template=False), talks, config, progress)
+
+# %% ../../nbs/deploy/merge.ipynb #85f2fdad
+def _input_rounding(
+    run: RunFolder,        # a run with an adapter on 8-bit weights
+    config: RunConfig,     # its settings
+    adapter: dict,         # from `_probe`, with 8-bit inputs
+    progress: bool,        # show a bar
+) -> float:                # nats per token
+    "How far the adapter is from itself beside the same weights written out, where inputs are not rounded to 8 bits."
+    model = load_adapter(_plain_base(config), run.adapter_path)
+    return float(np.abs(_answer_nll(model, adapter['rows'], config.per_device_train_batch_size, progress) - adapter['nll']).mean())
 
 # %% ../../nbs/deploy/merge.ipynb #2f4de075
 def parity(
@@ -230,12 +267,13 @@ def parity(
     talks = [r['messages'] for r in read_jsonl(run.data_path / 'test_examples.jsonl')][:n_rows]
     if not talks: raise DataError('there are no test rows to compare on', value=run.data_path, next_step='prepare the data again')
     adapter = _probe_run(run, talks, config, progress)
+    inputs = _input_rounding(run, config, adapter, progress) if config.method == 'int8' else 0.
     gc.collect()
-    model, tok = load_base(str(merged), 'lora', resolve_dtype(config), _room_for(merged, config)), load_tokenizer(str(merged))
+    model, tok = load_base(str(merged), 'lora', resolve_dtype(config), _room_for(merged, config)), load_tokenizer(str(merged), needs_template=not is_text(talks[0]))
     other = _probe(model, tok, talks, config, progress)
     result = _compare_probes(adapter, other)
     nudge(model, stored_dtype(str(merged)))
-    again = _answer_nll(model, [encode(t, tok) for t in talks], config.per_device_train_batch_size, progress)
-    result.explained, result.merged, result.time = float(np.abs(again - other['nll']).mean()), merged.name, now()
+    again = _answer_nll(model, other['rows'], config.per_device_train_batch_size, progress)
+    result.explained, result.inputs, result.merged, result.time = float(np.abs(again - other['nll']).mean()), inputs, merged.name, now()
     write_json(run.path / 'parity.json', asdict(result) | {'passed': result.passed})
     return result

@@ -37,7 +37,7 @@ def _finished(
 ) -> dict:               # the fields of its last `finished` event
     "How the training ended; `RunError` when it has not."
     done = [e for e in events(run) if e['event'] == 'finished']
-    if done and (run.adapter_path / 'adapter_model.safetensors').exists(): return done[-1]
+    if done and any(run.adapter_path.glob('*.safetensors')): return done[-1]
     raise RunError('only a finished run can be registered', value=run.path, next_step='finish it first: homelab-ft train --resume')
 
 # %% ../../nbs/deploy/registry.ipynb #340e5a49
@@ -46,7 +46,7 @@ def _entry(
 ) -> dict:
     "The entry, put together from the run's files."
     config, end, data, evaluation = run.config(), _finished(run), _read(run.data_path / 'data.json'), _read(run.evaluation_path)
-    manifest, weights = _read(run.manifest_path), run.adapter_path / 'adapter_model.safetensors'
+    manifest, weights = _read(run.manifest_path), next(run.adapter_path.glob('*.safetensors'))     # an adapter's, or those of a model tuned as a whole
     training = ('final_loss', 'best_eval_loss', 'seconds', 'tokens', 'tokens_per_second', 'peak_allocated', 'peak_reserved', 'peak_process', 'peak_resident')
     settings = config.model_dump() | {key: Path(value).name for key in ('data', 'test_data', 'chat_template', 'runs_dir') if (value := getattr(config, key))}
     model = Path(config.model).name if Path(config.model).is_dir() else config.model

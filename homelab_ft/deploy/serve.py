@@ -9,6 +9,7 @@ __all__ = ['Chat', 'load_chat']
 from pathlib import Path
 from ..core import DataError, RunConfig, RunError, make_config
 from ..data.chat import end_of_turn_ids, load_tokenizer, prompt_ids
+from ..data.plain import end_ids
 from ..train.lora import load_adapter
 from ..train.quantize import load_base, resolve_device, resolve_dtype
 from ..train.watch import RunFolder, open_run
@@ -31,9 +32,9 @@ def _load(
     "Model and tokenizer of a run, a model folder or the embedded base."
     run = _find_run(target)
     config = run.config() if run else make_config(model=str(target))
-    if run and not (run.adapter_path / 'adapter_config.json').exists():
+    if run and not any(run.adapter_path.glob('*.safetensors')):
         raise RunError('the run has no adapter yet', value=run.path, next_step='train it first: homelab-ft train')
-    tok = load_tokenizer(config.model, config.chat_template)
+    tok = load_tokenizer(config.model, config.chat_template, needs_template=False)
     model = load_base(config.model, config.method, resolve_dtype(config), resolve_device(config), config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
     return (load_adapter(model, run.adapter_path) if run else model).eval(), tok
 
@@ -79,6 +80,18 @@ def _pieces(
         shown = len(text)
     if text[shown:]: yield text[shown:]
 
+# %% ../../nbs/deploy/serve.ipynb #a6083fc8
+def _prompt(
+    messages,        # a text, or messages that wait for the assistant
+    tok,             # the tokenizer
+) -> tuple:          # `(token ids, end tokens)`
+    "What the model continues, and where it stops; `DataError` for messages without a chat template."
+    if isinstance(messages, str):
+        if not tok.chat_template: return tok(messages).input_ids, end_ids(tok)
+        messages = [{'role': 'user', 'content': messages}]
+    if tok.chat_template: return prompt_ids(messages, tok), end_of_turn_ids(tok)
+    raise DataError('this model has no chat template', value=f'{len(messages)} messages', allowed='a text, which it continues', next_step='give a text, or set chat_template=FILE')
+
 # %% ../../nbs/deploy/serve.ipynb #0af83bdf
 class Chat:
     "A loaded model to talk to; keeps nothing between calls."
@@ -93,11 +106,10 @@ class Chat:
         temperature: float = 0.,     # 0: always the most probable token
     ):                               # yields pieces of text
         "The answer piece by piece; `DataError` when the prompt leaves no room in the model's context."
-        if isinstance(messages, str): messages = [{'role': 'user', 'content': messages}]
-        ids = prompt_ids(messages, self.tok)
+        ids, ends = _prompt(messages, self.tok)
         room = getattr(self.model.config, 'max_position_embeddings', len(ids) + max_new_tokens) - len(ids)
         if room < 1: raise DataError('the prompt does not fit into the model', value=f'{len(ids)} tokens', allowed=f'fewer than {len(ids) + room}', next_step='shorten it')
-        return _pieces(_tokens(self.model, ids, end_of_turn_ids(self.tok), min(max_new_tokens, room), temperature), self.tok)
+        return _pieces(_tokens(self.model, ids, ends, min(max_new_tokens, room), temperature), self.tok)
 
     def generate(self,
         messages,                    # a text, or messages that wait for the assistant

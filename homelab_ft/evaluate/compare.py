@@ -7,13 +7,17 @@ __all__ = ['Measure', 'Evaluation', 'evaluation_table', 'verdict', 'held_out_row
 
 # %% ../../nbs/evaluate/compare.ipynb #f3e9e6a9
 import json, time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 import numpy as np
 from ..core import DataError, Example, RunConfig, RunError
 from ..files import Table, now, read_jsonl, table_html, table_markdown, write_json
 from ..data.chat import encode, end_of_turn_ids, load_tokenizer, prompt_ids
-from ..data.tokenize import TokenCache, load_cache, make_cache
+from ..data.pairs import Answers, Pairs
+from ..data.plain import is_text
+from ..data.tokenize import TokenCache, load_cache, make_cache, take
 from .likelihood import Interval, paired_bootstrap, paired_bootstrap_accuracy, perplexity, row_nll
+from .preference import PREFERRED, preference_lines, preference_verdict
 from .tasks import accuracy, exact_match, generate_greedy, label_logprobs, macro_f1, matches
 from ..train.lora import load_adapter
 from ..train.quantize import load_base, resolve_device, resolve_dtype
@@ -54,7 +58,7 @@ def _measure(
 @dataclass
 class Evaluation:
     "Base against tuned on the test rows; prints as a table with its verdict."
-    measures: list                 # `Measure`s; the first is the NLL per token
+    measures: list                 # `Measure`s; the first decides: the NLL per token, or after preference tuning the preference accuracy
     rows: int                      # test rows measured
     tokens: int                    # answer tokens in them
     level: float = 0.95            # of the intervals
@@ -68,7 +72,7 @@ class Evaluation:
 
     @property
     def better(self) -> bool:
-        "The likelihood's interval lies above 0, and no measure's interval lies below 0."
+        "The first measure's interval lies above 0, and no measure's interval lies below 0."
         return self.measures[0].verdict == 'better' and not any(m.verdict == 'worse' for m in self.measures[1:] if m.gain is not None)
 
 # %% ../../nbs/evaluate/compare.ipynb #31d09c9c
@@ -96,6 +100,7 @@ def verdict(
 ) -> str:            # one or two sentences
     "What the intervals support: better, no measurable difference, worse, or mixed."
     first, n = e.measures[0], f'{e.rows} test rows'
+    if first.name == PREFERRED: return preference_verdict(e, _gain_cell)
     worse = [m for m in e.measures[1:] if m.gain is not None and m.verdict == 'worse']
     if first.low is None: return f'No verdict: {n} are too few for an interval.'
     interval = f'{first.gain:+.3f} nats per token, {e.level:.0%} interval {first.low:+.3f} to {first.high:+.3f}, {n}'
@@ -127,10 +132,21 @@ def held_out_rows(
 ) -> tuple:                # `(cache, examples, labels)`, the examples in the cache's order
     "The rows that the evaluation looks at; `DataError` when there are none, `labels` is None unless it is a classification."
     cache, about = load_cache(run.data_path / 'test.safetensors'), json.loads((run.data_path / 'data.json').read_text(encoding='utf-8'))
-    by_row = {r['row']: Example(r['messages'], r['label'], r['row']) for r in read_jsonl(run.data_path / 'test_examples.jsonl')}
+    by_row = {r['row']: Example(r['messages'], r['label'], r['row'], r.get('rejected')) for r in read_jsonl(run.data_path / 'test_examples.jsonl')}
     chosen = [i for i in _draw(len(cache), config.eval_max_rows, config.seed) if int(cache.rows[i]) in by_row]
     if not chosen: raise DataError('there are no test rows', value=run.data_path, next_step='use more data, or a larger eval_fraction')
     return make_cache([cache.row(i) for i in chosen], cache.rows[chosen]), [by_row[int(cache.rows[i])] for i in chosen], about.get('labels')
+
+# %% ../../nbs/evaluate/compare.ipynb #86686553
+def _pairs_of(
+    run: RunFolder,        # a run whose data is prepared
+    cache: TokenCache,     # from `held_out_rows`
+) -> Pairs:                # None if the rows have one answer only
+    "The same rows with both answers."
+    if not (path := run.data_path / 'test_rejected.safetensors').exists(): return None
+    worse = load_cache(path)
+    at = {row: i for i, row in enumerate(worse.rows.tolist())}
+    return Pairs(cache, take(worse, [at[row] for row in cache.rows.tolist()]))
 
 # %% ../../nbs/evaluate/compare.ipynb #25e18f38
 def _label_ids(
@@ -159,6 +175,14 @@ def _greedy_texts(
                               batch_size=config.per_device_train_batch_size, progress=progress)
     return tok.batch_decode(answers, skip_special_tokens=True)
 
+# %% ../../nbs/evaluate/compare.ipynb #ac9151ae
+def _asked(
+    examples: list,       # `Example`s
+    config: RunConfig,    # `generate_max_rows` and the seed
+) -> list:                # some of them
+    "The rows to be answered greedily; none of plain text."
+    return [examples[i] for i in _draw(len(examples), config.generate_max_rows, config.seed) if not is_text(examples[i].messages)]
+
 # %% ../../nbs/evaluate/compare.ipynb #7262781d
 def _numbers(
     model,                # causal language model, in eval mode
@@ -168,7 +192,8 @@ def _numbers(
     labels,               # classes, or None
     config: RunConfig,    # sizes
     progress: bool,       # show bars
-) -> dict:                # nll, tokens, classes, texts
+    pairs: Pairs = None,  # the same rows with both answers
+) -> dict:                # nll, tokens, classes, texts, sides
     "Everything that is measured on one model."
     size = config.per_device_train_batch_size
     nll, tokens = row_nll(model, cache, size, progress)
@@ -177,8 +202,8 @@ def _numbers(
         prompts = [prompt_ids(e.messages[:-1], tok) for e in examples]
         scores = label_logprobs(model, prompts, _label_ids(examples[0], labels, tok), batch_size=size, progress=progress)
         classes = [labels[i] for i in scores.argmax(1)]
-    asked = [examples[i] for i in _draw(len(examples), config.generate_max_rows, config.seed)]
-    return dict(nll=nll, tokens=tokens, classes=classes, texts=_greedy_texts(model, tok, asked, config, progress))
+    sides = pairs and [-row_nll(model, Answers(c), size, progress)[0] for c in (pairs.chosen, pairs.rejected)]
+    return dict(nll=nll, tokens=tokens, classes=classes, sides=sides, texts=_greedy_texts(model, tok, _asked(examples, config), config, progress))
 
 # %% ../../nbs/evaluate/compare.ipynb #7e0ebf4a
 def _measures(
@@ -204,36 +229,52 @@ def _measures(
         right, both = [e.answer for e in asked], (base['texts'], tuned['texts'])
         gain = paired_bootstrap_accuracy(*(matches(right, x) for x in both), **draws)
         out.append(_measure('exact match', *(exact_match(right, x) for x in both), len(asked), gain, percent=True))
-    return out
+    told = [_measure(*line, percent=True) for line in preference_lines(base['sides'], tuned['sides'], paired_bootstrap, **draws)] if base['sides'] else []
+    return told + out if config.objective == 'dpo' else out + told
 
 # %% ../../nbs/evaluate/compare.ipynb #6a64e0a6
 def _load_tuned(
     run: RunFolder,        # a run with an adapter
     config: RunConfig,     # its settings
-):                         # PeftModel in eval mode
-    "The base model with the run's adapter; `RunError` when nothing was trained yet."
-    if not (run.adapter_path / 'adapter_config.json').exists():
+):                         # PeftModel, or the model tuned as a whole, in eval mode
+    "The base model with the run's adapter, or the tuned one; `RunError` when nothing was trained yet."
+    if not any(run.adapter_path.glob('*.safetensors')):
         raise RunError('the run has no adapter yet', value=run.path, next_step='train it first: homelab-ft train')
     return load_adapter(load_base(config.model, config.method, resolve_dtype(config), resolve_device(config),
                                   config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant), run.adapter_path)
+
+# %% ../../nbs/evaluate/compare.ipynb #adf59176
+@contextmanager
+def _base_of(
+    model,                 # the tuned model
+    config: RunConfig,     # of its run
+):                         # yields the model before tuning, in eval mode
+    "The base: the adapter switched off, or, where there is none, the model loaded once more."
+    if hasattr(model, 'disable_adapter'):
+        with model.disable_adapter(): yield model
+        return
+    device = model.device
+    model.to('cpu')
+    yield load_base(config.model, config.method, str(model.dtype).removeprefix('torch.'), device.type)
+    model.to(device)
 
 # %% ../../nbs/evaluate/compare.ipynb #a2457b2e
 def compare(
     run: RunFolder,             # a run with prepared data and an adapter
     config: RunConfig = None,   # its settings; read from the run if None
-    model=None,                 # the tuned PeftModel, if it is loaded already
+    model=None,                 # the tuned model, if it is loaded already
     tok=None,                   # its tokenizer, if it is loaded already
     progress: bool = True,      # show bars
 ) -> Evaluation:
     "Measure base and tuned model on the run's test rows and write evaluation.json; `RunError` without adapter, `DataError` without test rows."
     config, clock = config or run.config(), time.perf_counter()
     cache, examples, labels = held_out_rows(run, config)
-    model, tok = model or _load_tuned(run, config), tok or load_tokenizer(config.model, config.chat_template)
+    model, tok = model or _load_tuned(run, config), tok or load_tokenizer(config.model, config.chat_template, needs_template=False)
     model.eval()
-    given = (tok, cache, examples, labels, config, progress)
+    given = (tok, cache, examples, labels, config, progress, _pairs_of(run, cache))
     tuned = _numbers(model, *given)
-    with model.disable_adapter(): base = _numbers(model, *given)
-    asked = [examples[i] for i in _draw(len(examples), config.generate_max_rows, config.seed)]
+    with _base_of(model, config) as before: base = _numbers(before, *given)
+    asked = _asked(examples, config)
     answers = [dict(row=e.row, prompt=e.prompt, expected=e.answer, base=b, tuned=t) for e, b, t in zip(asked, base['texts'], tuned['texts'])]
     classes = [dict(row=e.row, true=e.label, base=b, tuned=t) for e, b, t in zip(examples, base['classes'], tuned['classes'])] if labels else []
     result = Evaluation(_measures(base, tuned, examples, asked, labels, config), len(cache), int(base['tokens'].sum()), labels=labels,

@@ -59,8 +59,8 @@ def even_attention(
     scale: float,       # of the scores; None: 1/√d
 ) -> Tensor:            # [tokens, heads, d]
     "Rows of one length are a rectangle, for which the fastest kernels exist."
-    q, k, v = (t.reshape(-1, length, *t.shape[1:]).transpose(1, 2) for t in (q, _repeat(k, q.shape[1]), _repeat(v, q.shape[1])))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2).flatten(0, 1)
+    q, k, v = (t.reshape(-1, length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=k.shape[1] < q.shape[1]).transpose(1, 2).flatten(0, 1)
 
 # %% ../../nbs/train/attention.ipynb #82d881b8
 GROUPED = 'enable_gqa' in inspect.signature(varlen_attn).parameters     # PyTorch 2.12 and later
@@ -105,7 +105,7 @@ def _seconds(
     return min(a.elapsed_time(b) for a, b in zip(marks[1:], marks[2:])) / 1e3      # the first pass warms up
 
 def fastest_kernel(
-    heads: int,         # query heads
+    heads: tuple,       # query heads, key heads
     d: int,             # values per head
     rows: int,          # rows of one pass
     length: int,        # tokens per row
@@ -113,7 +113,7 @@ def fastest_kernel(
 ) -> dict:              # name of a `SDPBackend` -> seconds of one forward and backward pass, fastest first; empty without a card
     "Time PyTorch's attention kernels on rectangles of this size; those that cannot run are left out."
     if not torch.cuda.is_available(): return {}
-    qkv, found = [torch.randn(rows * length, heads, d, device='cuda', dtype=dtype, requires_grad=True) for _ in range(3)], {}
+    qkv, found = [torch.randn(rows * length, n, d, device='cuda', dtype=dtype, requires_grad=True) for n in (heads[0], heads[1], heads[1])], {}
     for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         try: found[kind.name] = _seconds(kind, qkv, length)
         except RuntimeError: continue      # no such kernel for this card, these sizes or this precision, or no memory for it
@@ -128,7 +128,8 @@ def kernel_for(
 ) -> str:               # name of a `SDPBackend`; 'varlen' without a card
     "The kernel that is fastest for a model's attention on rows of one length."
     d = getattr(config, 'head_dim', None) or config.hidden_size // config.num_attention_heads
-    return next(iter(fastest_kernel(config.num_attention_heads, d, max(1, budget // length), length, dtype)), 'varlen')
+    heads = config.num_attention_heads, getattr(config, 'num_key_value_heads', None) or config.num_attention_heads
+    return next(iter(fastest_kernel(heads, d, max(1, budget // length), length, dtype)), 'varlen')
 
 # %% ../../nbs/train/attention.ipynb #44b8a401
 def prefer(

@@ -93,10 +93,11 @@ def decoder_and_head(
 def precision(
     model,              # causal language model
 ):                      # a context manager
-    "bfloat16 autocast for a model whose output head is bfloat16; nothing otherwise."
+    "bfloat16 autocast for a model whose weights are bfloat16, or that `computes_in` it (`train.full`); nothing otherwise."
     import torch
-    weight = _plain_model(model).get_input_embeddings().weight
-    return torch.autocast(weight.device.type, dtype=torch.bfloat16) if weight.dtype == torch.bfloat16 else nullcontext()
+    model = _plain_model(model)
+    weight = model.get_input_embeddings().weight
+    return torch.autocast(weight.device.type, dtype=torch.bfloat16) if getattr(model, 'computes_in', weight.dtype) == torch.bfloat16 else nullcontext()
 
 # %% ../../nbs/train/engine.ipynb #2402232c
 def _send(

@@ -65,9 +65,10 @@ def kept_bytes(
     note = lambda *_: seen.append(held())
     hooks = [layer.register_forward_pre_hook(note), layer.register_forward_hook(note)]
     try: run()
+    except torch.OutOfMemoryError: pass
     finally:
         for hook in hooks: hook.remove()
-    return seen[1] - seen[0]
+    return seen[1] - seen[0] if len(seen) > 1 else 2**62
 
 # %% ../../nbs/train/fit.ipynb #97900526
 def choose_levels(
@@ -176,12 +177,12 @@ def gradient_of(
     model,              # with trainable parameters
     run,                # function that adds a gradient to `.grad` and returns its loss
     forget=None,        # function that forgets gradients; None: the model's `zero_grad`
-) -> tuple:             # (loss, gradient as one float32 vector)
+) -> tuple:             # (loss, gradient as one float32 vector in host memory)
     "What `run` computes; no gradient is left behind."
     forget = forget or model.zero_grad
     forget()
     total = float(run())
-    found = torch.cat([p.grad.detach().float().reshape(-1) for p in model.parameters() if p.requires_grad and p.grad is not None])
+    found = torch.cat([p.grad.detach().float().reshape(-1).cpu() for p in model.parameters() if p.requires_grad and p.grad is not None])
     forget()
     return total, found
 

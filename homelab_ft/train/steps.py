@@ -158,7 +158,7 @@ class Job:
     run: object                    # its folder
     config: RunConfig
     model: object                  # with adapter
-    engine: object                 # takes the gradients: `Rectangles` or `Rows`
+    engine: object                 # takes the gradients: `Rectangles`, `Rows`, or `PairSteps`, which also has numbers to watch
     optimizer: object
     train: object                  # TokenCache
     validation: object             # TokenCache, or None
@@ -190,6 +190,17 @@ class Job:
         if self.epoch[0] != epoch: self.epoch = epoch, epoch_steps(self.train.lengths, self.config, epoch)
         return self.epoch[1][i]
 
+# %% ../../nbs/train/steps.ipynb #3cd6c7c9
+def _sent_back(
+    *values,                # 0-d tensors where the model is
+) -> tuple:                 # (tensor in host memory, event after which it holds the values, or None)
+    "Numbers on their way to the host, which does not wait for them."
+    import torch
+    values = torch.stack([v.detach().float() for v in values])
+    if not values.is_cuda: return values, None
+    host = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+    return host, torch.cuda.current_stream().record_event()
+
 # %% ../../nbs/train/steps.ipynb #a7b57c0a
 def take_step(
     job: Job,               # loaded
@@ -207,7 +218,7 @@ def take_step(
     job.optimizer.step()
     job.engine.zero_grad()
     s.step, s.tokens = s.step + 1, s.tokens + tokens
-    job.pending.append((s.step, loss, norm, rate, s.tokens, s.seconds))
+    job.pending.append((s.step, *_sent_back(loss, norm), rate, s.tokens, s.seconds, getattr(job.engine, 'watched', {})))
     read_losses(job, leave=1 if loss.is_cuda else 0)
     job.durations.append(time.monotonic() - began)
     if len(job.durations) > 1: s.timed_seconds, s.timed_tokens = s.timed_seconds + job.durations[-1], s.timed_tokens + tokens
@@ -219,13 +230,14 @@ def read_losses(
 ):
     "Write the metrics of the steps whose loss is known; `RunError` for a loss that is no number."
     while len(job.pending) > leave:
-        step, loss, norm, rate, tokens, seconds = job.pending.popleft()
-        loss, norm = float(loss), float(norm)
+        step, numbers, arrived, rate, tokens, seconds, watched = job.pending.popleft()
+        if arrived: arrived.synchronize()
+        loss, norm = numbers.tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RunError(f'the loss is no longer a number at step {step}', value=f'loss {loss}, gradient norm {norm}',
                            next_step=f'lower the learning rate (it was {rate:.1e}); the checkpoints before it are whole')
         job.state.loss = loss
-        append_jsonl(job.run.metrics_path, dict(kind='train', step=step, loss=loss, learning_rate=rate, grad_norm=norm, tokens=tokens, seconds=round(seconds, 3), time=now()))
+        append_jsonl(job.run.metrics_path, dict(kind='train', step=step, loss=loss, learning_rate=rate, grad_norm=norm, tokens=tokens, seconds=round(seconds, 3), **watched, time=now()))
 
 # %% ../../nbs/train/steps.ipynb #8620159d
 def count_time(

@@ -7,6 +7,9 @@ __all__ = ['ThinCopies']
 
 # %% ../../nbs/train/thin.ipynb #01e49124
 import torch
+from fastcore.basics import patch
+
+from .linear import merged_weight
 
 # %% ../../nbs/train/thin.ipynb #b0432523
 def _fused_layers(
@@ -33,7 +36,9 @@ class ThinCopies:
     def refresh(self):
         "Bring the copies up to date; after the optimizer, before the next pass."
         if not self.layers: return
-        with torch.no_grad(): torch._foreach_copy_(self.thin, [*self.a, *torch._foreach_mul(self.b, self.scaling)])
+        with torch.no_grad():
+            torch._foreach_copy_(self.thin, [*self.a, *torch._foreach_mul(self.b, self.scaling)])
+            for layer in self.layers: layer._held is None or merged_weight(*layer._thin, *layer._frozen, out=layer._held)
 
     def collect(self):
         "Add the copies' gradients to those of the float32 matrices, and forget them."
@@ -56,4 +61,29 @@ class ThinCopies:
 
     def release(self):
         "Let every layer convert its own matrices again."
-        for layer in self.layers: layer._thin = None
+        for layer in self.layers: layer._thin = layer._held = None
+
+# %% ../../nbs/train/thin.ipynb #5b97636b
+def _packed(
+    layer,              # decoder layer
+) -> list:
+    "Its fused layers whose matrices are in 4 bits. 16-bit ones are exact, and would lose by a merge."
+    return [m for m in _fused_layers(layer) if m._frozen[1]]
+
+# %% ../../nbs/train/thin.ipynb #5e8a7a48
+@patch
+def hold(self: ThinCopies,
+    layers,             # decoder layers
+    room: int,          # bytes
+) -> int:               # how many decoder layers have theirs now
+    "Hold merged 16-bit matrices for as many decoder layers as there is room for; `refresh` brings them up to date."
+    held = 0
+    for m in self.layers: m._held = None
+    for layer in layers:
+        parts = _packed(layer)
+        room -= sum(t.numel() * 2 * self.thin[0].itemsize for t in (m._frozen[0] for m in parts))
+        if not parts or room < 0: break
+        for m in parts: m._held = torch.empty(m._frozen[-1], dtype=self.thin[0].dtype, device=m._frozen[0].device)
+        held += 1
+    self.refresh()
+    return held

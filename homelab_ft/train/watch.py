@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'RunFolder', 'versions', 'create_run', 'open_run', 'update_manifest', 'log_metrics', 'log_event', 'events',
-           'cut_metrics', 'RunLock', 'is_locked', 'RunStatus', 'status', 'history', 'send', 'pending_commands']
+           'cut_metrics', 'RunLock', 'is_locked', 'RunStatus', 'status', 'history', 'check_start', 'send',
+           'pending_commands']
 
 # %% ../../nbs/train/watch.ipynb #7606525b
 import json, os, platform, re, time
@@ -50,7 +51,7 @@ class RunFolder:
 def versions() -> dict:  # distribution name -> version; missing ones left out
     "Versions of Python and of the packages that decide what a run computes."
     found = {'python': platform.python_version()}
-    for name in ('homelab_ft', 'torch', 'transformers', 'peft', 'bitsandbytes', 'safetensors', 'numpy'):
+    for name in ('homelab_ft', 'torch', 'transformers', 'peft', 'trl', 'bitsandbytes', 'safetensors', 'numpy'):
         try: found[name] = metadata.version(name)
         except metadata.PackageNotFoundError: continue
     return found
@@ -226,6 +227,17 @@ def history(
     "The curves of a run."
     records = read_jsonl(run.metrics_path)
     return {kind: [r for r in records if r.get('kind') == kind] for kind in ('train', 'eval')}
+
+# %% ../../nbs/train/watch.ipynb #92f91cef
+def check_start(
+    run: RunFolder,          # the run
+    resume: bool = False,    # whether it is to be continued
+):
+    "`RunError` for a run that is finished, or that has begun and is not to be continued."
+    state = status(run).state
+    if state == 'finished': raise RunError('this run is finished', value=run.path, next_step='create another run')
+    if state != 'new' and not resume:
+        raise RunError('this run has begun', value=f'{run.path} is {state}', next_step='continue it with --resume')
 
 # %% ../../nbs/train/watch.ipynb #6f22463c
 COMMANDS = {'pause': 'wait after this step, keeping everything in memory',

@@ -1,0 +1,160 @@
+"Full fine-tuning from outside: the whole journey, killed and continued, and what is refused before any work."
+import importlib.util, json, os, signal, subprocess, sys, time
+import pytest, torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from homelab_ft.core import ConfigError, HardwareError, make_config
+from homelab_ft.data.chat import load_tokenizer
+from homelab_ft.data.tokenize import load_cache
+from homelab_ft.deploy.serve import load_chat
+from homelab_ft.evaluate.compare import held_out_rows, load_evaluation
+from homelab_ft.evaluate.likelihood import row_nll
+from homelab_ft.journey import check_inputs, new_run, plan_run, quickstart_config, resume_journey, run_journey
+from homelab_ft.train.checkpoint import checkpoints
+from homelab_ft.train.engine import Rectangles, label_nll, collate
+from homelab_ft.train.full import all_weights, fill_folder, load_full
+from homelab_ft.train.lora import attach, load_adapter, set_adapter
+from homelab_ft.train.quantize import load_base
+from homelab_ft.train.run import _engine
+from homelab_ft.train.watch import RunFolder, events, history, status
+
+SMALL = dict(method='full', learning_rate=5e-4, max_rows=160, max_steps=12, per_device_train_batch_size=4, save_steps=4, eval_steps=6,
+             eval_max_rows=16, generate_max_rows=4, n_bootstrap=100, save_total_limit=1)
+PARAMETERS = 5_180_672
+
+def losses(run): return [(r['step'], r['loss']) for r in history(run)['train']]
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('full')
+    return run_journey(quickstart_config(folder, **SMALL, run_name='whole', runs_dir=str(folder / 'runs')), say=lambda line: None)
+
+def test_the_journey_leaves_a_whole_model(whole):
+    assert status(whole).state == 'finished'
+    assert {'config.json', 'model.safetensors', 'tokenizer.json', 'chat_template.jinja'} <= {p.name for p in whole.adapter_path.iterdir()}
+    stored = load_file(whole.adapter_path / 'model.safetensors')
+    assert 'lm_head.weight' not in stored and sum(t.numel() for t in stored.values()) == PARAMETERS          # the tied matrix once
+    assert {t.dtype for t in stored.values()} == {torch.float32}
+    entry = json.loads(whole.entry_path.read_text())
+    assert entry['method'] == 'full' and entry['parity']['passed'] and entry['adapter']['bytes'] > 4 * PARAMETERS
+    assert json.loads(whole.manifest_path.read_text())['trainable_parameters'] == PARAMETERS
+    assert 'NLL per token' in whole.report_path.read_text()
+
+def test_the_loss_falls(whole):
+    first, last = losses(whole)[0][1], losses(whole)[-1][1]
+    assert last < 0.8 * first
+    seen = [e['loss'] for e in history(whole)['eval']]
+    assert seen[-1] < seen[0]
+
+def test_base_and_tuned_are_what_the_evaluation_says(whole):
+    result, config = load_evaluation(whole), whole.config()
+    cache = held_out_rows(whole, config)[0]
+    for model, said in ((load_base('embedded', 'full'), result['NLL per token'].base), (load_base(str(whole.adapter_path), 'full'), result['NLL per token'].tuned)):
+        nll, tokens = row_nll(model, cache, progress=False)
+        assert abs(nll.sum() / tokens.sum() - said) < 1e-6
+    assert result['NLL per token'].gain > 0.1 and result['accuracy'].rows == 16
+
+def test_tied_weights_stay_tied(whole):
+    tuned = load_adapter(load_base('embedded', 'full'), whole.adapter_path)
+    assert tuned.lm_head.weight is tuned.model.embed_tokens.weight
+    model = attach(load_base('embedded', 'full'), make_config(method='full'))
+    set_adapter(model, load_file(checkpoints(whole.checkpoints_path)[-1] / 'adapter.safetensors'))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not torch.equal(model.model.embed_tokens.weight, load_base('embedded', 'full').model.embed_tokens.weight)      # it learned
+
+def test_untied_weights_are_both_saved(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    small = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False))
+    fill_folder(tmp_path / 'm', small, all_weights(small))
+    with safe_open(tmp_path / 'm' / 'model.safetensors', 'pt') as f: assert 'lm_head.weight' in f.keys()
+    again = load_full(small, tmp_path / 'm')
+    assert again.lm_head.weight is not again.model.embed_tokens.weight and torch.equal(again.lm_head.weight, small.lm_head.weight)
+
+def test_the_merged_folder_is_the_tuned_model_rounded_once(whole):
+    merged, tuned = load_file(whole.merged_path / 'model.safetensors'), load_file(whole.adapter_path / 'model.safetensors')
+    assert {t.dtype for t in merged.values()} == {torch.bfloat16} and merged.keys() == tuned.keys()
+    assert all(torch.equal(merged[k], tuned[k].bfloat16()) for k in tuned)
+    parity = json.loads((whole.path / 'parity.json').read_text())
+    assert parity['passed'] and 0 < parity['distance']             # it was measured: rounding shows
+
+def test_one_can_talk_to_it(whole):
+    run, merged = load_chat(whole.path), load_chat(whole.merged_path)
+    assert run.generate('Which team?', 4) == merged.generate('Which team?', 4)
+    assert torch.equal(run.model.model.norm.weight, load_file(whole.adapter_path / 'model.safetensors')['model.norm.weight'])
+
+def test_killed_and_continued_with_the_same_numbers(whole, tmp_path):
+    config = quickstart_config(tmp_path, **SMALL, run_name='killed', runs_dir=str(tmp_path / 'runs'))
+    run = new_run(config, say=lambda line: None)
+    process = subprocess.Popen([sys.executable, '-P', '-m', 'homelab_ft.train.run', str(run.path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while len(losses(run)) < 6 and time.monotonic() < end: time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 6 <= len(losses(run)) < 12 and checkpoints(run.checkpoints_path)
+    resume_journey(run, say=lambda line: None)
+    assert losses(run) == losses(whole)
+    ours, theirs = (load_file(r.adapter_path / 'model.safetensors') for r in (run, whole))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+def test_bfloat16_rounds_the_multiplications_and_not_the_weights(whole):
+    config, cache = make_config(method='full', dtype='bfloat16'), load_cache(whole.data_path / 'train.safetensors')
+    model = attach(load_base('embedded', 'full'), config, 'bfloat16')
+    exact = attach(load_base('embedded', 'full'), config, 'float32')
+    batch = collate(cache, [0, 1, 2], 0)
+    rounded, plain = (label_nll(m, batch)[0] for m in (model, exact))
+    assert rounded.dtype == torch.float32 and 0 < (rounded - plain).abs().mean() < 0.05
+    rounded.mean().backward()
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32} == {p.dtype for p in model.parameters()}
+
+def test_a_card_takes_the_plain_step_too():
+    config = make_config(method='full', dtype='bfloat16', label_smoothing_factor=0.1)
+    engine = _engine(attach(load_base('embedded', 'full'), config, 'bfloat16'), config, None, 'cuda', 'bfloat16')       # as on a card; nothing is computed here
+    assert isinstance(engine, Rectangles) and (engine.paths['rows'], engine.label_smoothing) == ('all weights learn', 0.1)
+
+def test_recomputed_layers_give_the_same_gradient(whole):
+    cache, found = load_cache(whole.data_path / 'train.safetensors'), []
+    for checkpointing in (False, True):
+        model = attach(load_base('embedded', 'full'), make_config(method='full'))
+        step = _engine(model, make_config(method='full', gradient_checkpointing=checkpointing), cache, 'cpu', 'float32')
+        step.accumulate(cache, [[0, 1], [2, 3]])
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert step.paths['recompute'] == {'layer': 6} and (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
+
+def test_noise_is_for_training_only():
+    model = attach(load_base('embedded', 'full'), make_config(method='full', neftune_noise_alpha=5))
+    ids = torch.arange(12)[None] + 300
+    with torch.no_grad(): assert not torch.equal(model(ids).logits, model(ids).logits) and torch.equal(model.eval()(ids).logits, load_base('embedded', 'full')(ids).logits)
+
+def test_the_plan_counts_every_weight(tmp_path):
+    config = quickstart_config(tmp_path, **SMALL)
+    full, lora = (plan_run(config.model_copy(update={'method': m}))[0] for m in ('full', 'lora'))
+    assert (full.optimizer, full.adapter) == (8 * PARAMETERS, 0) and lora.optimizer < PARAMETERS        # both of AdamW's averages, of every weight
+    assert full.weights == 4 * PARAMETERS and full.peak > lora.peak + 8 * PARAMETERS
+
+@pytest.mark.parametrize('settings, word', [
+    (dict(lora_r=8), 'lora_r is a setting of adapters'), (dict(lora_alpha=8), 'lora_alpha is'), (dict(lora_dropout=0.1), 'lora_dropout is'),
+    (dict(target_modules='q_proj'), 'target_modules is'), (dict(loraplus_lr_ratio=4), 'loraplus_lr_ratio is'),
+    (dict(packing=True), 'packing needs a frozen base'), (dict(padding_free=True), 'padding_free needs'), (dict(use_dora=True), 'use_dora needs an adapter'),
+], ids=str)
+def test_what_does_not_go_together_is_refused_before_any_work(tmp_path, settings, word):
+    with pytest.raises(ConfigError, match=word):
+        config = make_config(**SMALL | settings)
+        new_run(config.model_copy(update={'data': str(tmp_path / 'none.csv'), 'runs_dir': str(tmp_path / 'runs')}))
+    assert not (tmp_path / 'runs').exists()
+
+# ---------------------------------------------------------------- what this machine cannot do, said before the data is read
+
+def test_a_missing_package_is_said_before_the_data_is_read(tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *a: None if name == 'bitsandbytes' else found(name, *a))
+    config = quickstart_config(tmp_path, runs_dir=str(tmp_path / 'runs'), method='qlora')
+    with pytest.raises(ConfigError, match='needs the package bitsandbytes'): new_run(config)
+    assert not (tmp_path / 'runs').exists()
+    check_inputs(config.model_copy(update={'method': 'lora'}))
+
+@pytest.mark.parametrize('settings', [dict(cuda_graph=True), dict(torch_compile=True), dict(optim='paged_adamw_8bit')], ids=str)
+def test_settings_for_a_card_are_refused_before_the_data_is_read(tmp_path, settings):
+    config = quickstart_config(tmp_path, runs_dir=str(tmp_path / 'runs'), device='cpu', **settings)
+    with pytest.raises(HardwareError, match='needs a card'): new_run(config)
+    assert not (tmp_path / 'runs').exists()
