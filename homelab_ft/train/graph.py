@@ -101,19 +101,20 @@ def _take(
 class StepGraph:
     """Forward, loss and backward of one shape as CUDA graphs. Gradients are added to `.grad`, which must stay where it is.
 
-    The two steps of the warm-up add their gradients too: who has any that count saves them before and puts them back.
+    The steps of the warm-up add their gradients too: who has any that count saves them before and puts them back.
     ValueError for tensors in host memory, or a batch of another shape. After a recording that broke off, the card can be used as before."""
     def __init__(self,
         step,           # `step(batch) -> loss`, 0-d; its backward pass is recorded too. Nothing in it may depend on values in host memory
         batch: dict,    # name -> tensor on the card, of the shape to record; copied
         lane: Lane = None,  # shared with other passes; None: one of its own
         after=None,     # function without arguments that follows the backward pass, recorded too
+        warm_ups: int = 2,  # steps before the recording; 0 if such steps were made on this lane already
     ):
         in_host = [k for k, v in batch.items() if not v.is_cuda]
         if in_host: raise ValueError(f'{in_host[0]} is in host memory; a step is recorded with tensors on a card')
         self.lane = lane or Lane()
         with self.lane.taken():
-            for _ in range(2): _once(step, batch, after)
+            for _ in range(warm_ups): _once(step, batch, after)
         self.takes = [_take(step, batch, self.lane, after) for _ in range(2)]
 
     def __call__(self,

@@ -77,7 +77,7 @@ def shape_of(
     tokens, learned = (int(sum(counts[r] for r in rows)) for counts in (lengths, labels))
     size = round_up(tokens, grain)
     sequences = len(rows) + _pieces(size - tokens, longest)
-    return size, min(round_up(max(1, learned), max(grain // 2, 1)), size), 1 << max(3, (sequences - 1).bit_length())
+    return size, min(round_up(max(1, learned), max(grain // 2, size // 8, 1)), size), 1 << max(3, (sequences - 1).bit_length())
 
 # %% ../../nbs/train/packing.ipynb #3aa76a5c
 def _boundaries(

@@ -6,6 +6,7 @@
 __all__ = ['Rows']
 
 # %% ../../nbs/train/rows.ipynb #c5d5d56b
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -26,7 +27,7 @@ class Rows:
         model,              # causal language model with peft around it
         options: Options,   # what the run asks for
     ):
-        self.model, self.options, self.run, self.math, self.lane, self.graphs, self.learned = model, options, None, loss.chunk_loss, None, {}, {}
+        self.model, self.options, self.run, self.math, self.lane, self.graphs, self.learned, self.seen = model, options, None, loss.chunk_loss, None, {}, {}, Counter()
         self.decoder, self.head = decoder_and_head(model)
         self.layers, self.device, self.dtype = decoder_layers(model), self.head.weight.device, self.head.weight.dtype
         self.parameters, self.copies = [p for p in model.parameters() if p.requires_grad], None
@@ -110,12 +111,23 @@ def backward(self: Rows,
 def record(self: Rows,
     batch: dict,        # of the shape to record
     even: bool,         # every row is exactly `longest` tokens
+    warm_ups: int = 2,  # passes before the recording
 ) -> StepGraph:
     "Record a pass; the gradients collected so far stay as they are."
     kept, self.lane, batch = [p.grad.clone() for p in self.parameters], self.lane or Lane(), _sent(batch, self.device)
     try:
-        with attention.prefer(self.paths['attention']): return StepGraph(lambda b: self.loss(b, even), batch, self.lane, self.copies and self.copies.collect)
+        with attention.prefer(self.paths['attention']):
+            return StepGraph(lambda b: self.loss(b, even), batch, self.lane, self.copies and self.copies.collect, warm_ups)
     finally: torch._foreach_copy_([p.grad for p in self.parameters], kept)
+
+# %% ../../nbs/train/rows.ipynb #2be78cba
+@patch
+def due(self: Rows,
+    shape: tuple,       # of a pass that is not recorded
+) -> bool:
+    "Whether a pass of this shape should be recorded now: the first one of all, and others at their third time."
+    if not self.graphs: return True
+    return self.seen[shape] > 2 and len(self.graphs) < self.options.max_graphs and not self.lane.broken
 
 # %% ../../nbs/train/rows.ipynb #aa8ee4c2
 @patch
@@ -126,8 +138,9 @@ def one_pass(self: Rows,
     "A pass, replayed if its shape is recorded or may be."
     if self.paths['graph'] != 'on': return self.backward(batch, even)
     shape = batch['input_ids'].shape[1], len(batch['at']), len(batch['cu_seqlens']), even
-    if shape not in self.graphs and len(self.graphs) < self.options.max_graphs and not (self.lane and self.lane.broken):
-        try: self.graphs[shape] = self.record(batch, even)
+    self.seen[shape] += 1
+    if shape not in self.graphs and self.due(shape):
+        try: self.graphs[shape] = self.record(batch, even, 0 if self.graphs else 2)
         except RuntimeError as e:
             if not self.graphs or isinstance(e, torch.OutOfMemoryError): raise
             self.graphs[shape] = None       # others could be recorded, this one cannot
