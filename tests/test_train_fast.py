@@ -15,6 +15,8 @@ from homelab_ft.train import fast, fit, run as training, steps
 from homelab_ft.train.engine import Rectangles
 from homelab_ft.train.fast import prepare
 from homelab_ft.train.fit import Options
+from homelab_ft.train.lora import attach_lora
+from homelab_ft.train.quantize import load_base
 from homelab_ft.train.rows import Rows
 from homelab_ft.train.watch import create_run, status
 
@@ -90,6 +92,35 @@ def test_parity_in_bfloat16_is_no_further_from_float32_than_the_plain_step():
     plain = gradient(Rectangles(half, 'plain'), cache, micro)
     step = prepare(half, Options(longest=40, budget=400, grain=16))
     assert step.paths['lora'] == 'on' and apart(gradient(step, cache, micro), exact) <= 1.1 * apart(plain, exact)
+
+
+def four_bits(folder, dtype, device='cpu'):
+    "A model in 4 bits with an adapter that is not zero; the same numbers for any dtype."
+    torch.manual_seed(1)
+    model = attach_lora(load_base(str(folder), 'qlora', dtype, device), make_config(method='qlora'))
+    for name, p in model.named_parameters():
+        if 'lora_B' in name: torch.nn.init.normal_(p, std=0.05)
+    return model
+
+
+def test_parity_of_merged_matrices_that_are_held(tmp_path):
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SIZES)).to(torch.bfloat16).save_pretrained(tmp_path)
+    cache, micro = rows(40), [list(range(40))]
+    exact, model = gradient(Rectangles(four_bits(tmp_path, 'float32'), 'exact'), cache, micro), four_bits(tmp_path, 'bfloat16')
+    plain = gradient(Rectangles(model, 'plain'), cache, micro)
+    step = prepare(model, Options(longest=40, budget=400, grain=16))
+    for room, held in ((0, 0), (2**17, 1), (2**30, 3)):         # a layer takes 36,864 values of 2 bytes
+        assert step.copies.hold(step.layers, room) == held
+        assert apart(gradient(step, cache, micro), exact) <= 1.1 * apart(plain, exact)
+    before = gradient(step, cache, micro)
+    with torch.no_grad():
+        for p in step.parameters: p.mul_(1.5)
+    changed = gradient(step, cache, micro)                      # a step brings what is held up to date
+    step.copies.hold(step.layers, 0)
+    assert apart(changed, before) > 0.1 and apart(changed, gradient(step, cache, micro)) < 0.03
+    step.restore()
+    assert not any(hasattr(m, '_held') for m in model.modules())
 
 
 def test_a_loss_that_is_added_up_over_steps_starts_anew():
@@ -248,20 +279,25 @@ def test_packing_is_refused_by_name_where_rows_would_see_their_neighbours(tmp_pa
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a card')
 @pytest.mark.parametrize('method', ['lora', 'qlora'])
 def test_parity_on_a_card_with_everything_on(method, tmp_path):
-    from homelab_ft.train.lora import attach_lora
-    from homelab_ft.train.quantize import load_base
     torch.manual_seed(0)
     big = SIZES | dict(hidden_size=512, intermediate_size=1024, head_dim=64, num_attention_heads=8)
     LlamaForCausalLM(LlamaConfig(**big)).to(torch.bfloat16).save_pretrained(tmp_path)
-    model, cache = attach_lora(load_base(str(tmp_path), method, 'bfloat16', 'cuda'), make_config(method=method)), rows(40)
-    micro = [list(range(20)), list(range(20, 40))]
+    def loaded(dtype):
+        torch.manual_seed(1)
+        model = attach_lora(load_base(str(tmp_path), method, dtype, 'cuda'), make_config(method=method))
+        for name, p in model.named_parameters():
+            if 'lora_B' in name: torch.nn.init.normal_(p, std=0.02)
+        return model
+    cache, micro = rows(40), [list(range(20)), list(range(20, 40))]
+    exact, model = gradient(Rectangles(loaded('float32'), 'exact'), cache, micro), loaded('bfloat16')
     plain = gradient(Rectangles(model, 'plain'), cache, micro)
     step = prepare(model, Options(longest=40, budget=256, grain=64))
     assert [step.paths[k] for k in ('rows', 'lora', 'loss', 'compile', 'graph')] == ['on'] * 5
     step.zero_grad()
     total, _ = step.accumulate(cache, micro)
     found = float(total), torch.cat([p.grad.reshape(-1) for p in step.parameters]).cpu()
-    assert apart(found, plain) < 0.06
+    assert apart(found, plain) < 0.06 and apart(found, exact) <= 1.1 * apart(plain, exact)
+    assert (step.paths['held'] == len(step.layers)) == (method == 'qlora')      # a card has room for so small a model
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no card')

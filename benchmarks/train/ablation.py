@@ -1,6 +1,6 @@
 """What each technique of the fast step gains: one case at a time switched off, on one model in one process.
 
-python benchmarks/train/ablation.py MODEL METHOD GIB [CASE ...]   (MODEL from model.py; GIB 0: the whole card; no CASE: all)
+python benchmarks/train/ablation.py MODEL METHOD GIB [full] [real] [CASE ...]   (MODEL from model.py; GIB 0: the whole card; no workload: both; no CASE: all)
 One line of JSON per case: tokens per second, milliseconds per step, time the card was busy, peak memory."""
 import gc, sys
 from contextlib import ExitStack
@@ -56,7 +56,8 @@ def measure(step, data, steps, **about):
 def main(path, method, gib, *names):
     limit_card(float(gib))
     model = attach_lora(load_base(path, method, 'bfloat16', 'cuda'), make_config(method=method))
-    for kind, n in (('full', 2), ('real', 2)):
+    kinds, names = [k for k in ('full', 'real') if k in names], [n for n in names if n not in ('full', 'real')]
+    for kind, n in [(k, 2) for k in kinds or ('full', 'real')]:
         data = Data(kind, 128000)
         steps, shape = packed_steps(data, n)
         for name in names or [*CASES, 'plain step']:
