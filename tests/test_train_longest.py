@@ -29,13 +29,15 @@ def no_card(monkeypatch):
 
 def searched(longest, monkeypatch, limit, first, seconds=1e9):
     "The row of a search on a pretended card that holds `limit` tokens, begun at `first`, and what it tried."
-    tried = []
+    tried, forgotten = [], []
     def attempt(step, optimizer, tokens, tile, room):
         tried.append(tokens)
         return tokens / 1e6 if tokens <= limit else 0
-    step = SimpleNamespace(parameters=[torch.nn.Parameter(torch.zeros(1))], model=torch.nn.Identity())
+    step = SimpleNamespace(parameters=[torch.nn.Parameter(torch.zeros(1))], model=torch.nn.Identity(), forget=lambda: forgotten.append(1))
     for name, value in dict(attempt=attempt, load=lambda path: (None, 0), by_hand=lambda *a: step, guess=lambda *a: first).items(): monkeypatch.setattr(longest, name, value)
-    return longest.search('', 24., seconds, 2048, 0), tried[1:]
+    row = longest.search('', 24., seconds, 2048, 0)
+    assert len(forgotten) == sum(n > limit for n in tried[1:])      # what a step that broke off left
+    return row, tried[1:]
 
 
 @pytest.mark.parametrize('limit, first', [(110_000, 150_000), (150_000, 110_000), (5000, 4096), (4096, 4096), (300_000, 20_000)])
