@@ -8,7 +8,6 @@ __all__ = ['REFUSED', 'TRL', 'WATCHED', 'pair_logps', 'dpo_loss', 'check_prefere
 
 # %% ../../nbs/train/preference.ipynb #3b5f01f1
 import tempfile, warnings
-from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from ..core import ConfigError, DataError, ModelError, RunConfig
 from ..data.chat import load_tokenizer
 from ..data.pairs import Answers, Pairs
 from ..data.tokenize import load_cache
-from .engine import collate, decoder_layers, label_nll, precision
+from .engine import Rectangles, collate, label_nll, precision
 
 # %% ../../nbs/train/preference.ipynb #cd03a43a
 def _answer_logps(
@@ -136,26 +135,15 @@ def dpo_trainer(
 WATCHED = {'reward_margin': 'rewards/margins', 'reward_accuracy': 'rewards/accuracies', 'chosen_logps': 'logps/chosen', 'rejected_logps': 'logps/rejected'}
 
 # %% ../../nbs/train/preference.ipynb #bb644c1b
-class PairSteps:
+class PairSteps(Rectangles):
     "A preference step: TRL's loss on our pairs."
     def __init__(self,
         model,              # PeftModel in training mode
         trainer,            # from `dpo_trainer`
         checkpointing: bool = False,    # recompute every layer
     ):
-        self.model, self.trainer, self.watched = model, trainer, {}
-        self.paths = dict(rows='pairs, through TRL', recompute={})
-        if not checkpointing: return
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
-        self.paths['recompute'] = {'layer': len(decoder_layers(model) or [])}
-
-    def zero_grad(self):
-        "Forget the gradients."
-        self.model.zero_grad()
-
-    def evaluating(self):
-        "A context for evaluation; nothing to prepare here."
-        return nullcontext()
+        super().__init__(model, 'pairs, through TRL', checkpointing)
+        self.trainer, self.watched = trainer, {}
 
 # %% ../../nbs/train/preference.ipynb #2c74b0f0
 @patch
