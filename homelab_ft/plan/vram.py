@@ -29,7 +29,7 @@ def weight_bytes(
 ) -> int:
     "Bytes of the model's weights as they stay in memory; buffers of a few kB are left out."
     if method == 'full': return 4 * shape.n_params
-    kept = compute_bytes * (shape.embedding_params + shape.small_params)
+    kept = compute_bytes * (shape.n_params - shape.num_hidden_layers * shape.linear_params)    # also a mixture's experts
     bits = dict(lora=8 * compute_bytes, int8=8, qlora=4 + 8/64 + 32/(64*256) if double_quant else 4 + 32/64)[method]
     per_layer = shape.linear_params * bits / 8 + (4 * sum(o for _, o, _ in shape.linears.values()) if method == 'int8' else 0)
     return round(shape.num_hidden_layers * per_layer + kept)
@@ -50,8 +50,8 @@ def target_linears(
     shape: ModelShape,                   # the model
     target_modules='all-linear',         # `all-linear`, a name, or a list of names
 ) -> dict:                               # name -> (inputs, outputs, has bias)
-    "The matrices that get an adapter; `ConfigError` for a name the model does not have."
-    names = shape.linears if target_modules == 'all-linear' else [target_modules] if isinstance(target_modules, str) else target_modules
+    "The matrices that get an adapter; `ConfigError` for a name the model does not have, `ModelError` for a mixture of experts."
+    names = shape.need_dense().linears if target_modules == 'all-linear' else [target_modules] if isinstance(target_modules, str) else target_modules
     for name in names: _check_choice('layer in target_modules', name, ['all-linear', *shape.linears])
     return {n: shape.linears[n] for n in names}
 
@@ -95,7 +95,7 @@ def layer_bytes(
     target_modules='all-linear',     # adapted matrices
 ) -> int:                            # per token
     "Bytes per token that one decoder layer keeps for the backward pass."
-    heads, q, k = shape.num_attention_heads, shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    heads, q, k = shape.need_dense().num_attention_heads, shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     targets = {} if method == 'full' else target_linears(shape, target_modules)
     norms = shape.layer_norms * (4 * shape.hidden_size + 4) + shape.qk_norm * 4 * (q + k + heads + shape.num_key_value_heads)
     if method == 'full': norms += 4 * shape.layer_norms * shape.hidden_size + shape.qk_norm * 4 * (q + k)
@@ -233,7 +233,7 @@ def estimate(
     label_share: float = 1.0,                # share of positions that carry loss; 1 is the worst case
     gradient_accumulation_steps: int = 1,    # micro-batches per optimizer step
 ) -> MemoryEstimate:
-    "Memory of one training step as the maximum over its phases; `ConfigError` for what cannot be."
+    "Memory of one training step as the maximum over its phases; `ConfigError` for what cannot be, `ModelError` for a mixture of experts."
     for name, value, allowed in [('method', method, METHODS), ('optim', optim, OPTIMIZER_BYTES), ('dtype', dtype, COMPUTE_BYTES)]:
         _check_choice(name, value, allowed)
     _check_sizes(shape, length, label_share, batch_size=batch_size, lora_r=lora_r, gradient_accumulation_steps=gradient_accumulation_steps)
