@@ -167,6 +167,18 @@ def test_compilation_that_fails_or_lies_is_left_out(monkeypatch):
     assert step.paths['compile'] == 'no such thing' and step.run is None
 
 
+@pytest.mark.parametrize('gib, positions', [(0.6, 640), (20, 2**27 // 1000 // 128 * 128), (-1, 128)])
+def test_the_loss_takes_fewer_positions_where_the_card_is_nearly_full(monkeypatch, gib, positions):
+    torch.manual_seed(0)
+    step = prepare(adapted(MODELS['llama']()), Options(longest=40, budget=90, grain=16))
+    step.head = torch.nn.Linear(8, 1000 if gib != 0.6 else 15_000, bias=False)
+    gradients = sum(p.numel() * 4 for p in step.parameters)
+    monkeypatch.setattr(fit, 'memory_limit', lambda *_: int(gib * 2**30) + gradients)
+    step.fit_loss(fast.room(step))
+    assert step.chunk == positions
+    assert step.chunk == 128 or step.chunk * len(step.head.weight) * 16 <= gib * 2**30 / 4
+
+
 def half_step():
     "A bfloat16 model, whose fused adapters are copied."
     torch.manual_seed(0)

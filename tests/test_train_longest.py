@@ -23,7 +23,9 @@ def longest():
 def no_card(monkeypatch):
     "Calls to a card that do nothing."
     for name in ('empty_cache', 'reset_peak_memory_stats'): monkeypatch.setattr(torch.cuda, name, lambda: None)
-    for name in ('memory_allocated', 'max_memory_allocated', 'max_memory_reserved'): monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    for name in ('memory_allocated', 'max_memory_allocated', 'memory_reserved', 'max_memory_reserved'): monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda: (2**34, 2**34))
+    monkeypatch.setattr(torch.cuda, 'get_per_process_memory_fraction', lambda: 1., raising=False)
     monkeypatch.setattr(torch.cuda, 'host_memory_stats', lambda: {}, raising=False)
 
 

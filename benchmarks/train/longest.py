@@ -61,6 +61,7 @@ def by_hand(model, asked, tile, room):
     step = Rows(model, asked)
     step.math, step.paths['compile'] = torch.compile(loss.chunk_loss), 'loss only'
     away(step, asked.longest, tile, room)
+    step.fit_loss(fast.room(step))
     return step
 
 

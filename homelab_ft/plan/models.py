@@ -11,45 +11,46 @@ COLUMNS = ('model_type', 'hidden_size', 'num_hidden_layers', 'intermediate_size'
 
 # %% ../../nbs/plan/models.ipynb #48df0af1
 _LLAMA = {
-    'SmolLM2-135M': ('llama', 576, 30, 1536, 9, 3, 64, 49152, 8192, True),
-    'SmolLM2-360M': ('llama', 960, 32, 2560, 15, 5, 64, 49152, 8192, True),
-    'TinyLlama-1.1B': ('llama', 2048, 22, 5632, 32, 4, 64, 32000, 2048, False),
-    'Llama-3.2-1B': ('llama', 2048, 16, 8192, 32, 8, 64, 128256, 131072, True),
-    'SmolLM2-1.7B': ('llama', 2048, 24, 8192, 32, 32, 64, 49152, 8192, True),
-    'Llama-3.2-3B': ('llama', 3072, 28, 8192, 24, 8, 128, 128256, 131072, True),
-    'Llama-2-7B': ('llama', 4096, 32, 11008, 32, 32, 128, 32000, 4096, False),
-    'Llama-3-8B': ('llama', 4096, 32, 14336, 32, 8, 128, 128256, 8192, False),
-    'Llama-3.1-8B': ('llama', 4096, 32, 14336, 32, 8, 128, 128256, 131072, False),
-    'Llama-2-13B': ('llama', 5120, 40, 13824, 40, 40, 128, 32000, 4096, False),
-    'Llama-2-70B': ('llama', 8192, 80, 28672, 64, 8, 128, 32000, 4096, False),
-    'Llama-3.1-70B': ('llama', 8192, 80, 28672, 64, 8, 128, 128256, 131072, False),
-    'Llama-3.3-70B': ('llama', 8192, 80, 28672, 64, 8, 128, 128256, 131072, False)}
+    'SmolLM2-135M': ('llama', 576, 30, 1536, 9, 3, 64, 49152, 8192, True),             # own
+    'SmolLM2-360M': ('llama', 960, 32, 2560, 15, 5, 64, 49152, 8192, True),            # LitGPT; tied: see the count below
+    'TinyLlama-1.1B': ('llama', 2048, 22, 5632, 32, 4, 64, 32000, 2048, False),        # own
+    'Llama-3.2-1B': ('llama', 2048, 16, 8192, 32, 8, 64, 128256, 131072, True),        # own
+    'SmolLM2-1.7B': ('llama', 2048, 24, 8192, 32, 32, 64, 49152, 8192, True),          # own
+    'Llama-3.2-3B': ('llama', 3072, 28, 8192, 24, 8, 128, 128256, 131072, True),       # own
+    'Llama-2-7B': ('llama', 4096, 32, 11008, 32, 32, 128, 32000, 4096, False),         # LitGPT; a head of its own
+    'Llama-3-8B': ('llama', 4096, 32, 14336, 32, 8, 128, 128256, 8192, False),         # LitGPT; a head of its own
+    'Llama-3.1-8B': ('llama', 4096, 32, 14336, 32, 8, 128, 128256, 131072, False),     # own
+    'Llama-2-13B': ('llama', 5120, 40, 13824, 40, 40, 128, 32000, 4096, False),        # LitGPT; a head of its own
+    'Llama-2-70B': ('llama', 8192, 80, 28672, 64, 8, 128, 32000, 4096, False),         # LitGPT; a head of its own
+    'Llama-3.1-70B': ('llama', 8192, 80, 28672, 64, 8, 128, 128256, 131072, False),    # own
+    'Llama-3.3-70B': ('llama', 8192, 80, 28672, 64, 8, 128, 128256, 131072, False)}    # own
 
 # %% ../../nbs/plan/models.ipynb #30e2114a
 _MISTRAL = {
-    'Mistral-7B-v0.3': ('mistral', 4096, 32, 14336, 32, 8, 128, 32768, 32768, False, None),
+    'Mistral-7B-v0.3': ('mistral', 4096, 32, 14336, 32, 8, 128, 32768, 32768, False, None),     # LitGPT; this version has no sliding window
+    # https://github.com/kevinstephano/thunder_model_blocks/blob/main/thunder_model_blocks/mistral/mistral_config.py
     'Mistral-Nemo-12B': ('mistral', 5120, 40, 14336, 32, 8, 128, 131072, 128000, False, None)}
 
 # %% ../../nbs/plan/models.ipynb #1c05c765
 _QWEN = {
-    'Qwen2.5-0.5B': ('qwen2', 896, 24, 4864, 14, 2, 64, 151936, 32768, True),
-    'Qwen3-0.6B': ('qwen3', 1024, 28, 3072, 16, 8, 128, 151936, 40960, True),
-    'Qwen2.5-1.5B': ('qwen2', 1536, 28, 8960, 12, 2, 128, 151936, 32768, True),
-    'Qwen3-1.7B': ('qwen3', 2048, 28, 6144, 16, 8, 128, 151936, 40960, True),
-    'Qwen2.5-3B': ('qwen2', 2048, 36, 11008, 16, 2, 128, 151936, 32768, True),
-    'Qwen3-4B': ('qwen3', 2560, 36, 9728, 32, 8, 128, 151936, 40960, True),
-    'Qwen2.5-7B': ('qwen2', 3584, 28, 18944, 28, 4, 128, 152064, 32768, False),
-    'Qwen3-8B': ('qwen3', 4096, 36, 12288, 32, 8, 128, 151936, 40960, False),
-    'Qwen2.5-14B': ('qwen2', 5120, 48, 13824, 40, 8, 128, 152064, 32768, False),
-    'Qwen3-14B': ('qwen3', 5120, 40, 17408, 40, 8, 128, 151936, 40960, False),
-    'Qwen2.5-32B': ('qwen2', 5120, 64, 27648, 40, 8, 128, 152064, 32768, False),
-    'Qwen3-32B': ('qwen3', 5120, 64, 25600, 64, 8, 128, 151936, 40960, False),
-    'Qwen2.5-72B': ('qwen2', 8192, 80, 29568, 64, 8, 128, 152064, 32768, False)}
+    'Qwen2.5-0.5B': ('qwen2', 896, 24, 4864, 14, 2, 64, 151936, 32768, True),          # LitGPT
+    'Qwen3-0.6B': ('qwen3', 1024, 28, 3072, 16, 8, 128, 151936, 40960, True),          # own
+    'Qwen2.5-1.5B': ('qwen2', 1536, 28, 8960, 12, 2, 128, 151936, 32768, True),        # LitGPT
+    'Qwen3-1.7B': ('qwen3', 2048, 28, 6144, 16, 8, 128, 151936, 40960, True),          # own
+    'Qwen2.5-3B': ('qwen2', 2048, 36, 11008, 16, 2, 128, 151936, 32768, True),         # LitGPT
+    'Qwen3-4B': ('qwen3', 2560, 36, 9728, 32, 8, 128, 151936, 40960, True),            # LitGPT
+    'Qwen2.5-7B': ('qwen2', 3584, 28, 18944, 28, 4, 128, 152064, 32768, False),        # own
+    'Qwen3-8B': ('qwen3', 4096, 36, 12288, 32, 8, 128, 151936, 40960, False),          # own
+    'Qwen2.5-14B': ('qwen2', 5120, 48, 13824, 40, 8, 128, 152064, 32768, False),       # LitGPT
+    'Qwen3-14B': ('qwen3', 5120, 40, 17408, 40, 8, 128, 151936, 40960, False),         # own
+    'Qwen2.5-32B': ('qwen2', 5120, 64, 27648, 40, 8, 128, 152064, 32768, False),       # LitGPT
+    'Qwen3-32B': ('qwen3', 5120, 64, 25600, 64, 8, 128, 151936, 40960, False),         # own
+    'Qwen2.5-72B': ('qwen2', 8192, 80, 29568, 64, 8, 128, 152064, 32768, False)}       # LitGPT
 
 # %% ../../nbs/plan/models.ipynb #fc2a0f0c
 _GEMMA = {
-    'gemma-3-1b': ('gemma3_text', 1152, 26, 6912, 4, 1, 256, 262144, 32768, True, 512),
-    'gemma-2-2b': ('gemma2', 2304, 26, 9216, 8, 4, 256, 256000, 8192, True, 4096),
+    'gemma-3-1b': ('gemma3_text', 1152, 26, 6912, 4, 1, 256, 262144, 32768, True, 512),               # own
+    'gemma-2-2b': ('gemma2', 2304, 26, 9216, 8, 4, 256, 256000, 8192, True, 4096),                    # LitGPT, as are all below
     'gemma-3-4b-text': ('gemma3_text', 2560, 34, 10240, 8, 4, 256, 262208, 131072, True, 1024),
     'gemma-2-9b': ('gemma2', 3584, 42, 14336, 16, 8, 256, 256000, 8192, True, 4096),
     'gemma-3-12b-text': ('gemma3_text', 3840, 48, 15360, 16, 8, 256, 262208, 131072, True, 1024),
@@ -58,10 +59,10 @@ _GEMMA = {
 
 # %% ../../nbs/plan/models.ipynb #2ad5773a
 _PHI = {
-    'Phi-3-mini': ('phi3', 3072, 32, 8192, 32, 32, 96, 32064, 4096, False, 2047),
-    'Phi-3.5-mini': ('phi3', 3072, 32, 8192, 32, 32, 96, 32064, 131072, False, 262144),
-    'Phi-4-mini': ('phi3', 3072, 32, 8192, 24, 8, 128, 200064, 131072, True, 262144),
-    'Phi-4': ('phi3', 5120, 40, 17920, 40, 10, 128, 100352, 16384, False, None)}
+    'Phi-3-mini': ('phi3', 3072, 32, 8192, 32, 32, 96, 32064, 4096, False, 2047),              # own
+    'Phi-3.5-mini': ('phi3', 3072, 32, 8192, 32, 32, 96, 32064, 131072, False, 262144),        # own
+    'Phi-4-mini': ('phi3', 3072, 32, 8192, 24, 8, 128, 200064, 131072, True, 262144),          # LitGPT; tied: see the count below
+    'Phi-4': ('phi3', 5120, 40, 17920, 40, 10, 128, 100352, 16384, False, None)}               # own
 
 # %% ../../nbs/plan/models.ipynb #7ee5e564
 MIXTURES = {   # name -> `COLUMNS`

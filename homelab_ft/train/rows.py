@@ -27,7 +27,8 @@ class Rows:
         model,              # causal language model with peft around it
         options: Options,   # what the run asks for
     ):
-        self.model, self.options, self.run, self.math, self.lane, self.graphs, self.learned, self.seen = model, options, None, loss.chunk_loss, None, {}, {}, Counter()
+        self.model, self.options, self.run, self.math, self.chunk = model, options, None, loss.chunk_loss, 0
+        self.lane, self.graphs, self.learned, self.seen = None, {}, {}, Counter()
         self.decoder, self.head = decoder_and_head(model)
         self.layers, self.device, self.dtype = decoder_layers(model), self.head.weight.device, self.head.weight.dtype
         self.parameters, self.copies = [p for p in model.parameters() if p.requires_grad], None
@@ -69,7 +70,15 @@ def loss(self: Rows,
     with torch.autocast(self.device.type, torch.bfloat16, self.paths['lora'] != 'on' and self.dtype == torch.bfloat16, cache_enabled=False):
         hidden = self.decoder(**{k: batch[k] for k in ('input_ids', 'position_ids', 'cu_seqlens')}, use_cache=False, longest=self.options.longest, even=even)[0][0]
     learned = hidden.index_select(0, batch['at']), self.head.weight, batch['targets'], batch['weights']
-    return loss.chunked_loss(*learned, smoothing=self.options.label_smoothing, math=self.math)
+    return loss.chunked_loss(*learned, self.chunk, self.options.label_smoothing, self.math)
+
+# %% ../../nbs/train/rows.ipynb #855a18e0
+@patch
+def fit_loss(self: Rows,
+    room: int,          # bytes that are left for a pass
+):
+    "Take so many positions of the loss at a time that a quarter of the room is enough for them."
+    self.chunk = loss.chunk_rows(len(self.head.weight), min(2**27, max(0, room) // (4 * 16)))
 
 # %% ../../nbs/train/rows.ipynb #32ff82d7
 def _sent(batch: dict, device) -> dict:
