@@ -172,6 +172,7 @@ def _ctrl_c_stops(
     "While this lasts, Ctrl-C asks the run to stop; yields the list of such wishes. Other threads than the main one cannot be asked."
     wishes = []
     def wish(*_):
+        "Ctrl-C was pressed: ask the run to stop."
         wishes.append(now())
         append_jsonl(run.control_path, {'command': 'stop', 'value': None, 'time': now()})
     if threading.current_thread() is not threading.main_thread(): yield wishes; return

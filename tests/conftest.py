@@ -2,6 +2,20 @@
 import os, sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('MPLBACKEND', 'agg')
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'tools'))
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    "PyTorch on one thread, here and in processes started from here: the same numbers every time, and a core left for others."
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('OMP_NUM_THREADS', '1')
+        yield
+    torch.set_num_threads(threads)

@@ -26,12 +26,7 @@ MODELS = {'llama': lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), 'qwen3': lamb
           'gemma3, windows of 8': lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, sliding_window=8, sliding_window_pattern=2))}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def adapted(base, **settings):

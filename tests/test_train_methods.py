@@ -30,12 +30,7 @@ IDS = torch.arange(24).reshape(2, 12) + 20
 needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a card')
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def rows(n=14, vocab=320, seed=0):

@@ -26,13 +26,7 @@ from homelab_ft.train.watch import create_run, history, status
 pytest.importorskip('trl', reason='needs TRL: pip install -e ".[dpo]"')
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

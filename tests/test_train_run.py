@@ -23,13 +23,7 @@ FORKS = multiprocessing.get_context('forkserver')      # children start with the
 FORKS.set_forkserver_preload(['torch', 'transformers.models.llama.modeling_llama', 'peft', 'homelab_ft.train.run'])
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    os.environ['OMP_NUM_THREADS'], before, threads = '1', os.environ.get('OMP_NUM_THREADS'), torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    os.environ.pop('OMP_NUM_THREADS') if before is None else os.environ.update(OMP_NUM_THREADS=before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

@@ -46,7 +46,7 @@ def load(path):
 
 def options(tokens, trained, host_bytes):
     "What the step is asked for: one row fills a pass; AdamW's two float32 states come later."
-    return fast.Options(longest=tokens, budget=tokens, graph=False, reserve=8 * trained + 2**28, host_bytes=host_bytes)
+    return fast.Options(longest=tokens, budget=tokens, graph=False, reserve=8 * trained, host_bytes=host_bytes)
 
 
 def away(step, tokens, tile, room):

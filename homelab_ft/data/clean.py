@@ -200,7 +200,7 @@ def clean(
 ) -> tuple:          # `(examples kept, CleaningReport)`
     "Repair what can be repaired, drop what teaches nothing or the wrong thing, report both; `DataError` if nothing is left."
     report = CleaningReport(len(examples))
-    def note(kind, action, rows): report.findings.append(Finding(kind, action, rows))
+    note = lambda kind, action, rows: report.findings.append(Finding(kind, action, rows))
     examples, rows = _repair_all(examples, lambda e: _repaired(e, fix_mojibake))
     note('mojibake', 'repaired', rows)
     examples, rows = _repair_all(examples, lambda e: e if _is_about_code(e.messages) else _repaired(e, strip_html))

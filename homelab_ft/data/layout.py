@@ -85,7 +85,7 @@ def _is_text(
 # %% ../../nbs/data/layout.ipynb #6d79f783
 def _conversational(
     rows: list,      # dicts
-    named: dict,     # columns that the settings name
+    named: dict,     # columns that the settings name, and `layout`
 ) -> Layout:         # None if it does not fit
     "A column of message lists, or of JSON text that looks like one."
     found = _first(_messages_names, columns_of(rows))
@@ -95,10 +95,7 @@ def _conversational(
     return column and Layout('conversational', messages_column=column)
 
 # %% ../../nbs/data/layout.ipynb #561d6f19
-def _instruction(
-    rows: list,      # dicts
-    named: dict,     # columns that the settings name
-) -> Layout:         # None if it does not fit
+def _instruction(rows, named):
     "Instruction, perhaps input, and output."
     columns = columns_of(rows)
     prompt = named['prompt_column'] or _first(['instruction'], columns)
@@ -106,20 +103,14 @@ def _instruction(
     return prompt and completion and Layout('instruction', prompt_column=prompt, input_column=_first(['input', 'context'], columns), completion_column=completion)
 
 # %% ../../nbs/data/layout.ipynb #493bfcd7
-def _prompt_completion(
-    rows: list,      # dicts
-    named: dict,     # columns that the settings name
-) -> Layout:         # None if it does not fit
+def _prompt_completion(rows, named):
     "Prompt and completion, or question and answer."
     columns = columns_of(rows)
     prompt, completion = named['prompt_column'] or _first(_prompt_names, columns), named['completion_column'] or _first(_completion_names, columns)
     return prompt and completion and Layout('prompt_completion', prompt_column=prompt, completion_column=completion)
 
 # %% ../../nbs/data/layout.ipynb #ae61f68b
-def _classification(
-    rows: list,      # dicts
-    named: dict,     # columns that the settings name
-) -> Layout:         # None if it does not fit
+def _classification(rows, named):
     "One or more texts and a class."
     columns = columns_of(rows)
     repetitive = [c for c in columns if _is_text(rows, c) and _is_repetitive(rows, c)]
@@ -128,10 +119,7 @@ def _classification(
     return label and texts and Layout('classification', label_column=label, text_columns=texts)
 
 # %% ../../nbs/data/layout.ipynb #f257c5c6
-def _text(
-    rows: list,      # dicts
-    named: dict,     # columns that the settings name, and `layout`
-) -> Layout:         # None if it does not fit
+def _text(rows, named):
     "One column of plain text: named by the settings, called so, or the only one."
     texts = [c for c in columns_of(rows) if _is_text(rows, c)]
     known = [c for c in texts if c.lower().strip() in ('text', 'content')]
@@ -139,10 +127,7 @@ def _text(
     return Layout('text', text_columns=found) if len(found) == 1 else None
 
 # %% ../../nbs/data/layout.ipynb #76788400
-def _preference(
-    rows: list,      # dicts
-    named: dict,     # columns that the settings name
-) -> Layout:         # None if it does not fit
+def _preference(rows, named):
     "A better and a worse answer, and what they answer."
     columns = columns_of(rows)
     chosen, rejected = (named[f'{which}_column'] or _first([which], columns) for which in ('chosen', 'rejected'))

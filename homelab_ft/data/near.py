@@ -105,6 +105,7 @@ def connected(
     "Groups of texts that are connected by pairs (union-find)."
     parent = list(range(n))
     def root(i):
+        "The smallest index that `i` is connected with so far."
         while parent[i] != i: i = parent[i]
         return i
     for i, j in pairs:

@@ -126,9 +126,9 @@ def _add_thread(
     rng: random.Random,   # where chance comes from
     ticket: dict,         # a clean ticket
 ) -> dict:
-    "The ticket with a long quoted thread below it."
+    "The ticket with a long quoted thread below it, more than 300 words."
     mails = []
-    while len(mails) < 10:
+    while len(mails) < 10 or sum(len(m.split()) for m in mails) <= 300:
         slots = _slots(rng, test=False)
         mails.append(f"On {slots['day']} {slots['name']} wrote:\n> {_body(rng, ticket['team'], slots, test=False)}")
     return ticket | dict(body='\n\n'.join([ticket['body'], *mails]))

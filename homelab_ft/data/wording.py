@@ -17,11 +17,9 @@ def parse_team(
     return lines
 
 # %% ../../nbs/data/wording.ipynb #17fbe0de
-_billing = parse_team('''
-subject: [Charged|Billed] twice
+_billing = parse_team('''subject: [Charged|Billed] twice
 subject: Question about [my|an] invoice
 subject: Wrong [amount|total]
-subject*: Strange [charge|payment]
 problem: I was [charged|billed] twice for the same {product}, {amount} each time.
 problem: The invoice for my {product} shows {amount}, but [we agreed on|the price in the shop was] less.
 problem: [Please correct|There is a mistake in] the address on invoice {number}; our accountant will not take it like this.
@@ -31,23 +29,23 @@ problem: You [still take|keep taking] {amount} every month although the plan end
 problem: I [paid|transferred] {amount} {when} and still get reminders that the invoice is open.
 problem: The [discount|voucher] of ten percent was not taken off my [bill|invoice].
 problem: I need a [receipt|proper invoice] with the tax number of my firm for the {product}.
+detail: Please [correct the invoice|send me a corrected bill].
+detail: The money left my account {when}.
+detail: I [enclose|can send] the statement of my bank.
+detail: Could you check the payment and [tell me what I owe|give back what was too much]?''')
+
+# %% ../../nbs/data/wording.ipynb #adf3b690
+_billing |= parse_team('''subject*: Strange [charge|payment]
 problem*: Two payments of {amount} left my account for one single {product}.
 problem*: The sum on the bill is [higher|more] than the price I saw, {amount} too much.
 problem*: Your reminder says I owe {amount}, but my bank shows it was paid {when}.
 problem*: The tax on the invoice for the {product} is [wrong|not right].
-detail: Please [correct the invoice|send me a corrected bill].
-detail: The money left my account {when}.
-detail: I [enclose|can send] the statement of my bank.
-detail: Could you check the payment and [tell me what I owe|give back what was too much]?
-detail*: I will not pay the same bill again.
-''')
+detail*: I will not pay the same bill again.''')
 
 # %% ../../nbs/data/wording.ipynb #45b0e223
-_delivery = parse_team('''
-subject: Where is my [parcel|order]
+_delivery = parse_team('''subject: Where is my [parcel|order]
 subject: [Late|Missing] delivery
 subject: Tracking does not move
-subject*: Parcel [not here|lost]
 problem: My {product} was to arrive {when}, and the parcel is still not here.
 problem: The tracking page has said [on its way|in the depot] for {days} days and nothing moves.
 problem: The driver [left|put] the parcel [in the rain|with a neighbour I do not know], and now it is gone.
@@ -57,23 +55,23 @@ problem: Only one of the two boxes [arrived|came], the one with the {product} is
 problem: [Can you|Could you] ship to {city} by {day}, and which courier do you use?
 problem: The parcel was sent back to you because [the courier did not find my house|the street name was cut off].
 problem: Nobody can tell me on which day the courier [comes|will come] with my {product}.
+detail: The tracking number is {number}.
+detail: I [stayed|waited] at home all {day} for the driver.
+detail: Please ask the courier where it [is|went].
+detail: When will it be [delivered|at my door]?''')
+
+# %% ../../nbs/data/wording.ipynb #29a23627
+_delivery |= parse_team('''subject*: Parcel [not here|lost]
 problem*: I have waited {days} days for the {product} and no courier has come.
 problem*: The driver wrote that he had delivered it, yet there is no parcel in {city}.
 problem*: My box seems to be lost [in the depot|on its way] to {city}.
 problem*: Please send the parcel to my [office|daughter] in {city} and not to my house.
-detail: The tracking number is {number}.
-detail: I [stayed|waited] at home all {day} for the driver.
-detail: Please ask the courier where it [is|went].
-detail: When will it be [delivered|at my door]?
-detail*: The courier does not answer the phone.
-''')
+detail*: The courier does not answer the phone.''')
 
 # %% ../../nbs/data/wording.ipynb #dfcdd465
-_returns = parse_team('''
-subject: [Return|Sending back] the {product}
+_returns = parse_team('''subject: [Return|Sending back] the {product}
 subject: Exchange wanted
 subject: Wrong [colour|size]
-subject*: Not what I [ordered|wanted]
 problem: I would like to [return|send back] the {product}; it is unused and still in its box.
 problem: The {product} is the wrong [colour|size], can I exchange it for another one?
 problem: You sent me a {other} instead of the {product} I [ordered|chose].
@@ -83,23 +81,23 @@ problem: How [many days|long] do I have to send the {product} back?
 problem: The return label you sent [cannot be printed|is for another parcel].
 problem: I sent the {product} back {when} and have not heard [if you got it|anything about my return].
 problem: The {product} was a gift and I would rather [exchange|swap] it for a {other}.
+detail: Please send me a return label.
+detail: I have kept the box and [did not use it|all the papers].
+detail: I would [take|prefer] an exchange.
+detail: Where do I [bring|send] it back?''')
+
+# %% ../../nbs/data/wording.ipynb #a6947423
+_returns |= parse_team('''subject*: Not what I [ordered|wanted]
 problem*: The {product} is [bigger|smaller] than I thought and I do not want to keep it.
 problem*: In the box was a {other}, which I did not order; please exchange it.
 problem*: I changed my mind about the {product} and want to send it back unopened.
 problem*: Can I still return the {product} if [the box was opened|the label is torn]?
-detail: Please send me a return label.
-detail: I have kept the box and [did not use it|all the papers].
-detail: I would [take|prefer] an exchange.
-detail: Where do I [bring|send] it back?
-detail*: It is as good as new and still in its wrapping.
-''')
+detail*: It is as good as new and still in its wrapping.''')
 
 # %% ../../nbs/data/wording.ipynb #c3039028
-_accounts = parse_team('''
-subject: Cannot [log in|sign in]
+_accounts = parse_team('''subject: Cannot [log in|sign in]
 subject: Password [reset|forgotten]
 subject: My account is locked
-subject*: [Login|Sign in] problem
 problem: I cannot [log in|sign in]; the page says my password is wrong.
 problem: The mail to reset my password never [arrives|comes].
 problem: My account was locked after [three|five] wrong passwords.
@@ -109,23 +107,23 @@ problem: [Somebody|A stranger] seems to have logged in to my account from {city}
 problem: I have two accounts by mistake and want to [join them|make them one].
 problem: The link to confirm my new account [is dead|has run out].
 problem: My user name shows [my old name|the name of my brother]; I cannot change it in my profile.
+detail: I [tried|typed] the password {days} times.
+detail: Please unlock my account.
+detail: My user name is {name}{digits}.
+detail: Can you reset the [login|password] for me?''')
+
+# %% ../../nbs/data/wording.ipynb #28cca17f
+_accounts |= parse_team('''subject*: [Login|Sign in] problem
 problem*: Your site does not take my password any more, so I cannot get into my account.
 problem*: I forgot my user name and the reset page does not know my mail.
 problem*: Someone in {city} used my login {when}, please lock the account.
 problem*: The sign in page asks for a code that never comes to my phone.
-detail: I [tried|typed] the password {days} times.
-detail: Please unlock my account.
-detail: My user name is {name}{digits}.
-detail: Can you reset the [login|password] for me?
-detail*: After the reset I was logged out again at once.
-''')
+detail*: After the reset I was logged out again at once.''')
 
 # %% ../../nbs/data/wording.ipynb #d8c31198
-_repairs = parse_team('''
-subject: {product} is broken
+_repairs = parse_team('''subject: {product} is broken
 subject: Broken [part|switch]
 subject: Repair [wanted|under warranty]
-subject*: {product} [stopped working|is dead]
 problem: The {product} makes a loud [noise|grinding sound] and then stops.
 problem: After {days} weeks the [switch|handle|lid] of the {product} broke off.
 problem: The {product} no longer turns on, even with [another plug|a new battery].
@@ -135,23 +133,23 @@ problem: The {product} leaks water [all over the table|from below].
 problem: The glass of the {product} [cracked|has a crack] though nobody dropped it.
 problem: I need a spare [part|wheel|cable] for my {product}, the old one is worn out.
 problem: The motor of the {product} gets too hot and [smells|shuts itself off].
+detail: It is still under warranty.
+detail: Can it be [repaired|mended], or do I need a spare part?
+detail: I [bought|got] it {days} months ago and used it with care.
+detail: I can bring it to your workshop in {city}.''')
+
+# %% ../../nbs/data/wording.ipynb #d393a7de
+_repairs |= parse_team('''subject*: {product} [stopped working|is dead]
 problem*: My {product} is dead: no light, no sound, nothing.
 problem*: A piece of the handle broke and the {product} does not close any more.
 problem*: Water drips from the {product} and the motor makes a noise.
 problem*: The {product} smells burnt and the cable is hot.
-detail: It is still under warranty.
-detail: Can it be [repaired|mended], or do I need a spare part?
-detail: I [bought|got] it {days} months ago and used it with care.
-detail: I can bring it to your workshop in {city}.
-detail*: I am afraid the motor is worn out.
-''')
+detail*: I am afraid the motor is worn out.''')
 
 # %% ../../nbs/data/wording.ipynb #c027139e
-_software = parse_team('''
-subject: App [crashes|freezes]
+_software = parse_team('''subject: App [crashes|freezes]
 subject: Error after the update
 subject: {product} does not connect
-subject*: Trouble with the [app|program]
 problem: The app [crashes|closes] as soon as I open the page of the {product}.
 problem: Since the [last|new] update the app does not find my {product}.
 problem: The app shows error {number} and then a white screen.
@@ -161,23 +159,23 @@ problem: The timer in the app [is one hour off|forgets what I set].
 problem: The app cannot be installed on my [tablet|older phone].
 problem: The [menu|text] in the app is in the wrong language since version {days}.
 problem: The app [says|shows] that the {product} is offline although the network is fine.
+detail: I installed the app again, without luck.
+detail: My phone [has the newest version|was updated {when}].
+detail: I started the router [anew|twice].
+detail: Is there a [new version|way to go back to the old version]?''')
+
+# %% ../../nbs/data/wording.ipynb #b403ee2d
+_software |= parse_team('''subject*: Trouble with the [app|program]
 problem*: Every time I open the app on my phone it freezes and shows an error.
 problem*: After installing version {days} the {product} is not found in the app.
 problem*: The {product} loses the wireless network each night.
 problem*: The app is stuck on a white screen since the update.
-detail: I installed the app again, without luck.
-detail: My phone [has the newest version|was updated {when}].
-detail: I started the router [anew|twice].
-detail: Is there a [new version|way to go back to the old version]?
-detail*: The error comes back after I install the app again.
-''')
+detail*: The error comes back after I install the app again.''')
 
 # %% ../../nbs/data/wording.ipynb #9b34882a
-_sales = parse_team('''
-subject: [Offer|Quote] for [our school|{days} pieces]
+_sales = parse_team('''subject: [Offer|Quote] for [our school|{days} pieces]
 subject: Which {product} should I buy
 subject: In stock again
-subject*: Before I [buy|order]
 problem: We want to buy {digits} pieces of the {product} for our [school|hotel]; what [price|offer] can you make?
 problem: Which {product} [suits|is best for] a family of {days}?
 problem: When will the {product} be in stock [again|in your shop in {city}]?
@@ -187,23 +185,23 @@ problem: I am [looking for|thinking of buying] a quiet {product} and would like 
 problem: Can I see the {product} in a shop in {city} before I [buy|choose] it?
 problem: Do you plan to sell a [cheaper|smaller] {product} this year?
 problem: We are a [dealer|small shop] in {city} and would like to sell your {product}.
+detail: Please send me [a price list|an offer].
+detail: We would [order|buy] by the end of the month.
+detail: We could spend about {amount}.
+detail: Which one [would you advise|sells best]?''')
+
+# %% ../../nbs/data/wording.ipynb #b42086df
+_sales |= parse_team('''subject*: Before I [buy|order]
 problem*: Could you make us an offer for {digits} pieces of the {product}?
 problem*: I cannot decide between the {product} and the {other}; which would you advise me to buy?
 problem*: Is the large {product} still for sale, and what does it cost?
 problem*: Our club in {city} would buy several {product}s if the price is good.
-detail: Please send me [a price list|an offer].
-detail: We would [order|buy] by the end of the month.
-detail: We could spend about {amount}.
-detail: Which one [would you advise|sells best]?
-detail*: If the offer is good we will buy from you each year.
-''')
+detail*: If the offer is good we will buy from you each year.''')
 
 # %% ../../nbs/data/wording.ipynb #586c7cc7
-_privacy = parse_team('''
-subject: Delete my data
+_privacy = parse_team('''subject: Delete my data
 subject: [Stop|No more] newsletters
 subject: What do you [know|store] about me
-subject*: My personal [data|details]
 problem: Please delete [all the data|everything] you hold about me.
 problem: I [get|receive] your newsletter every day and never asked for it.
 problem: I want a copy of the personal data you have [stored|collected] about me.
@@ -213,16 +211,18 @@ problem: The link to leave your mailing list does [nothing|not work].
 problem: Who can read the [voice recordings|camera pictures] that the {product} stores?
 problem: How long do you keep the [names|data] of your customers?
 problem: My late [father|mother] still gets advertising from you, please remove the name from your list.
+detail: The law gives me the right to [ask this|have it deleted].
+detail: Please confirm that the data [are gone|were deleted].
+detail: I never gave my consent.
+detail: I will write to the data protection office if this [goes on|is not answered].''')
+
+# %% ../../nbs/data/wording.ipynb #75a90f72
+_privacy |= parse_team('''subject*: My personal [data|details]
 problem*: I do not want advertising any more; take me off every list.
 problem*: Tell me which data about me you store and [with whom you share|to whom you gave] them.
 problem*: Remove my name and all personal data from your files.
 problem*: Does the {product} collect data about us, and where are they stored?
-detail: The law gives me the right to [ask this|have it deleted].
-detail: Please confirm that the data [are gone|were deleted].
-detail: I never gave my consent.
-detail: I will write to the data protection office if this [goes on|is not answered].
-detail*: My personal data are not yours to share.
-''')
+detail*: My personal data are not yours to share.''')
 
 # %% ../../nbs/data/wording.ipynb #a0bdc9c1
 TEAM_LINES = dict(accounts=_accounts, billing=_billing, delivery=_delivery, privacy=_privacy,
@@ -230,8 +230,7 @@ TEAM_LINES = dict(accounts=_accounts, billing=_billing, delivery=_delivery, priv
 TEAMS = list(TEAM_LINES)   # the eight labels, in alphabetical order
 
 # %% ../../nbs/data/wording.ipynb #a5491ad7
-SHARED_LINES = parse_team('''
-subject: Help [please|needed]
+SHARED_LINES = parse_team('''subject: Help [please|needed]
 subject: [A question|Question]
 subject: Order {number}
 subject: Not [happy|amused]
@@ -240,8 +239,10 @@ subject: {product}
 opening: Hello,
 opening: Good [morning|evening],
 opening: Dear [team|all|Sir or Madam],
-opening: Hi there,
-aside: I [have been|am] a customer for {days} years and never had to write before.
+opening: Hi there,''')
+
+# %% ../../nbs/data/wording.ipynb #eb83e006
+SHARED_LINES |= parse_team('''aside: I [have been|am] a customer for {days} years and never had to write before.
 aside: I bought the {product} for my [mother|father|neighbour|office] in {city}.
 aside: I [called|wrote] {when} and nobody could help me.
 aside: My order is number {number}.
@@ -250,8 +251,10 @@ aside: I [hope|trust] this is the right place to ask.
 aside: I tried the phone first, but gave up after {days} minutes.
 aside: A friend in {city} had the very same thing happen.
 aside: This is the [second|third] time that I write.
-aside: Sorry for the long [message|letter], I am [rather tired|a little cross] by now.
-astray: The parcel itself came on time.
+aside: Sorry for the long [message|letter], I am [rather tired|a little cross] by now.''')
+
+# %% ../../nbs/data/wording.ipynb #d70fcc24
+SHARED_LINES |= parse_team('''astray: The parcel itself came on time.
 astray: I have paid for it, so that is not the point.
 astray: My login works, I checked that first.
 astray: I do not want to return it.
@@ -264,8 +267,7 @@ closing: [Regards|Best wishes|Yours], {name}
 closing: Please answer by {day}.
 closing: I look forward to your answer.
 closing: [Thanks in advance|Many thanks].
-closing: What can you do?
-''')
+closing: What can you do?''')
 
 # %% ../../nbs/data/wording.ipynb #41aa95d0
 ENTITIES = {

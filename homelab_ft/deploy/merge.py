@@ -75,6 +75,7 @@ def _save_model(
 ):
     "Write a model folder in one step: a temporary folder beside it, then a rename."
     def fill(new):
+        "All files; refused at the last moment if the folder has appeared."
         model.save_pretrained(new)
         tok.save_pretrained(new)
         if out.exists(): raise RunError('the folder has appeared meanwhile, and nothing is overwritten', value=out)

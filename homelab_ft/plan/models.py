@@ -50,29 +50,29 @@ _QWEN = {
 # %% ../../nbs/plan/models.ipynb #fc2a0f0c
 _GEMMA = {
     'gemma-3-1b': ('gemma3_text', 1152, 26, 6912, 4, 1, 256, 262144, 32768, True, 512),               # own
-    'gemma-2-2b': ('gemma2', 2304, 26, 9216, 8, 4, 256, 256000, 8192, True, 4096),                    # LitGPT, as are all below
-    'gemma-3-4b-text': ('gemma3_text', 2560, 34, 10240, 8, 4, 256, 262208, 131072, True, 1024),
-    'gemma-2-9b': ('gemma2', 3584, 42, 14336, 16, 8, 256, 256000, 8192, True, 4096),
-    'gemma-3-12b-text': ('gemma3_text', 3840, 48, 15360, 16, 8, 256, 262208, 131072, True, 1024),
-    'gemma-2-27b': ('gemma2', 4608, 46, 36864, 32, 16, 128, 256000, 8192, True, 4096),
-    'gemma-3-27b-text': ('gemma3_text', 5376, 62, 21504, 32, 16, 128, 262208, 131072, True, 1024)}
+    'gemma-2-2b': ('gemma2', 2304, 26, 9216, 8, 4, 256, 256000, 8192, True, 4096),                    # LitGPT
+    'gemma-3-4b-text': ('gemma3_text', 2560, 34, 10240, 8, 4, 256, 262208, 131072, True, 1024),       # LitGPT; vocab_size from transformers
+    'gemma-2-9b': ('gemma2', 3584, 42, 14336, 16, 8, 256, 256000, 8192, True, 4096),                  # LitGPT
+    'gemma-3-12b-text': ('gemma3_text', 3840, 48, 15360, 16, 8, 256, 262208, 131072, True, 1024),     # LitGPT; vocab_size from transformers
+    'gemma-2-27b': ('gemma2', 4608, 46, 36864, 32, 16, 128, 256000, 8192, True, 4096),                # LitGPT
+    'gemma-3-27b-text': ('gemma3_text', 5376, 62, 21504, 32, 16, 128, 262208, 131072, True, 1024)}    # LitGPT; vocab_size from transformers
 
 # %% ../../nbs/plan/models.ipynb #2ad5773a
 _PHI = {
     'Phi-3-mini': ('phi3', 3072, 32, 8192, 32, 32, 96, 32064, 4096, False, 2047),              # own
-    'Phi-3.5-mini': ('phi3', 3072, 32, 8192, 32, 32, 96, 32064, 131072, False, 262144),        # own
+    'Phi-3.5-mini': ('phi3', 3072, 32, 8192, 32, 32, 96, 32064, 131072, False, 262144),        # own; a window longer than any row, as below
     'Phi-4-mini': ('phi3', 3072, 32, 8192, 24, 8, 128, 200064, 131072, True, 262144),          # LitGPT; tied: see the count below
     'Phi-4': ('phi3', 5120, 40, 17920, 40, 10, 128, 100352, 16384, False, None)}               # own
 
 # %% ../../nbs/plan/models.ipynb #7ee5e564
-MIXTURES = {   # name -> `COLUMNS`
+MIXTURES = {   # name -> `COLUMNS`; all are own, as collected in https://github.com/ai-dynamo/aiconfigurator
     'gpt-oss-20b': ('gpt_oss', 2880, 24, 2880, 64, 8, 64, 201088, 131072, False, 128),
     'Qwen3-30B-A3B': ('qwen3_moe', 2048, 48, 6144, 32, 4, 128, 151936, 40960, False),
     'Mixtral-8x7B': ('mixtral', 4096, 32, 14336, 32, 8, 128, 32000, 32768, False, None),
     'gpt-oss-120b': ('gpt_oss', 2880, 36, 2880, 64, 8, 64, 201088, 131072, False, 128)}
 
 # %% ../../nbs/plan/models.ipynb #40b53c3b
-_MXFP4 = dict(quantization_config=dict(quant_method='mxfp4'))
+_MXFP4 = dict(quantization_config=dict(quant_method='mxfp4'))     # these are published in 4 bits
 _EXPERTS = {   # name -> the keys that only mixtures have
     'gpt-oss-20b': dict(num_local_experts=32, num_experts_per_tok=4, **_MXFP4), 'gpt-oss-120b': dict(num_local_experts=128, num_experts_per_tok=4, **_MXFP4),
     'Qwen3-30B-A3B': dict(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, decoder_sparse_step=1, mlp_only_layers=[]),

@@ -61,6 +61,7 @@ def save_checkpoint(
     import torch
     from safetensors.torch import save_file
     def fill(new):
+        "All files of the checkpoint."
         (new / 'state.json').write_text(json.dumps(state))
         save_file(adapter, new / 'adapter.safetensors')
         if best: save_file(best, new / 'best.safetensors')

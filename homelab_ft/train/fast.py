@@ -32,7 +32,7 @@ def run_options(
     budget = n * (whole if config.packing else longest)
     return Options(longest, budget, packing.packed_shape(cache, whole, config.seed, n) if config.packing else (),
                    compile=config.torch_compile is not False, graph=config.cuda_graph is not False, checkpointing=config.gradient_checkpointing,
-                   label_smoothing=config.label_smoothing_factor, reserve=(2 if '8bit' in config.optim else 8) * trained + 2**28,
+                   label_smoothing=config.label_smoothing_factor, reserve=(2 if '8bit' in config.optim else 8) * trained,
                    host_bytes=max(0, host_memory()[1] - budget * inputs) // 2)
 
 # %% ../../nbs/train/fast.ipynb #caa4afa1
@@ -60,6 +60,21 @@ def _pass_inputs(step):
     "Bytes of one layer's input in the largest pass."
     return step.options.budget * step.head.weight.shape[1] * step.head.weight.itemsize
 
+# %% ../../nbs/train/fast.ipynb #4af7a618
+def _noted(
+    measure,            # function that gives bytes, 0 where the card was full
+) -> tuple:             # (the function, a list of what it gives)
+    "Let a function take notes."
+    notes = []
+    return lambda run: (notes.append(measure(run)), notes[-1])[1], notes
+
+# %% ../../nbs/train/fast.ipynb #b3640cf1
+def _least(
+    peaks: list,        # bytes, 0 where the card was full
+) -> str:               # empty if it always was
+    "In words, the least that a pass took."
+    return ''.join(f', {p / 2**30:.2f} GiB at least' for p in sorted(p for p in peaks if p)[:1])
+
 # %% ../../nbs/train/fast.ipynb #549b117d
 def _fit(
     step: Rows,         # on a card
@@ -68,11 +83,12 @@ def _fit(
     "Decide what the layers keep; `HardwareError` if one pass is too much."
     wish, limit = step.options.checkpointing, _limit(step)
     if wish != 'auto': step.set_levels(['layer' if wish else 'keep'] * len(step.layers))
-    known = dict(tokens=step.options.budget, inputs=_pass_inputs(step))
-    peak = fit.fit_levels(once, step.layers, step.set_levels, limit, **known) if wish == 'auto' else fit.peak_bytes(once)
+    measure, peaks = _noted(fit.peak_bytes)
+    known = dict(measure=measure, tokens=step.options.budget, inputs=_pass_inputs(step))
+    peak = fit.fit_levels(once, step.layers, step.set_levels, limit, **known) if wish == 'auto' else measure(once)
     step.model.zero_grad()
     step.paths['peak_bytes'] = peak
-    if not peak: raise HardwareError('the card cannot hold one pass', value=f'{step.options.budget} tokens', allowed=f'{limit / 2**30:.1f} GiB of tensors',
+    if not peak: raise HardwareError('the card cannot hold one pass', value=f'{step.options.budget} tokens' + _least(peaks), allowed=f'{limit / 2**30:.2f} GiB of tensors',
                                      next_step='set gradient_checkpointing=auto, or a smaller per_device_train_batch_size or max_length')
 
 # %% ../../nbs/train/fast.ipynb #08d4b9d4
@@ -152,7 +168,7 @@ def _on_card(
     batch = {k: torch.from_numpy(v) for k, v in batch.items()}
     step.paths['attention'] = attention.kernel_for(_plain_model(step.model).config, o.budget, o.longest, step.dtype)
     if 'dropout' in step.paths['lora']: o = replace(o, compile=False, graph=False)      # its random numbers cannot be compared
-    once = lambda: step.backward(batch, even)
+    once = lambda: (step.keep_gradients(), step.backward(batch, even))[1]
     step.fit_loss(room(step))
     (_compiled_fit if o.compile else _fit)(step, once)
     _hold(step, once)

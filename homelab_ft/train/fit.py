@@ -24,7 +24,7 @@ class Options:
     checkpointing: object = 'auto'  # True: recompute every layer, False: none, 'auto': as few as the card allows
     label_smoothing: float = 0.     # share of the target that is spread over the vocabulary
     margin: float = 0.04            # share of the card's memory left free
-    reserve: int = 0                # bytes for what comes later: optimizer states, evaluation
+    reserve: int = 0                # bytes for what comes later: the optimizer's states
     max_graphs: int = 32            # shapes that are recorded
     host_bytes: int = 0             # host memory for results of attention that would be computed again otherwise
 

@@ -151,6 +151,7 @@ def save_adapter(
     from safetensors.torch import save_file
     tensors = adapter_tensors(model) if tensors is None else tensors
     def fill(new):
+        "All files of the folder."
         if not hasattr(model, 'peft_config'): return fill_folder(new, model, tensors, tok)
         save_file(tensors, new / 'adapter_model.safetensors', metadata={'format': 'pt'})
         (new / 'adapter_config.json').write_text(json.dumps(_adapter_config(model), indent=2, default=str))

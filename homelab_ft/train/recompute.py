@@ -209,6 +209,7 @@ def _forward(
     "What a layer of level layer or offload does when called."
     draws, plain = _draws(layer), type(layer).forward
     def forward(x, *args, **kwargs):
+        "The layer by `Recompute`; as it is where nothing is recorded."
         if not torch.is_grad_enabled(): return plain(layer, x, *args, **kwargs)
         call = _in_tiles(layer, kwargs, tile, draws, shelf) if tile and not args else lambda h: run(layer, h, *args, **kwargs)
         return Recompute.apply(ask_gradient(x), call, shelf, draws)

@@ -201,12 +201,18 @@ def accumulate(self: Rows,
     self.retreat()
     return self.accumulate(cache, micro_batches)
 
+# %% ../../nbs/train/rows.ipynb #6a70a2b3
+@patch
+def keep_gradients(self: Rows):
+    "A gradient for every trained parameter, of zeros where there is none: what every pass of a step finds but the first."
+    for p in self.parameters: p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+
 # %% ../../nbs/train/rows.ipynb #16dd48ab
 @patch
 def zero_grad(self: Rows):
     "Forget the gradients; recorded passes need them to stay where they are."
     if self.paths['graph'] != 'on': return self.model.zero_grad()
-    for p in self.parameters: p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    self.keep_gradients()
     torch._foreach_zero_([p.grad for p in self.parameters])
 
 # %% ../../nbs/train/rows.ipynb #c7a20ef3
