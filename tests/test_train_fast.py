@@ -174,6 +174,27 @@ def test_the_loss_takes_fewer_positions_where_the_card_is_nearly_full(monkeypatc
     assert step.chunk == 128 or step.chunk * len(step.head.weight) * 16 <= gib * 2**30 / 4
 
 
+def test_the_embedding_table_leaves_before_the_inputs_of_layers(monkeypatch):
+    torch.manual_seed(0)
+    model, cache = adapted(MODELS['llama']()), rows()
+    step = prepare(model, Options(longest=40, budget=90, grain=16))
+    weight, plain = step.model.get_input_embeddings().weight, gradient(step, cache, [[0, 1]])
+    table, taken = weight.detach().clone(), []
+    def peak(once):
+        once()
+        taken.append((dict(step.paths['recompute']), weight.untyped_storage().nbytes()))
+        return 2**20 - (step.table is not None)
+    monkeypatch.setattr(fit, 'memory_limit', lambda *_: 2**20 - 1)
+    monkeypatch.setattr(fit, 'peak_bytes', peak)
+    monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda: 0)
+    fast._fit(step, lambda: step.backward(*next(step.passes(cache, [0, 1]))))
+    assert step.paths['table'] == 'in host memory' and step.paths['peak_bytes'] == 2**20 - 1
+    assert [t[0] for t in taken] == [{'keep': 3}, {'layer': 3}, {'keep': 3}] and taken[1][1] == table.nbytes and taken[2][1] == 4
+    assert apart(gradient(step, cache, [[0, 1]]), plain) < 1e-6
+    step.restore()
+    assert torch.equal(weight, table)
+
+
 def half_step():
     "A bfloat16 model, whose fused adapters are copied."
     torch.manual_seed(0)

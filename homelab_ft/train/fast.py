@@ -84,7 +84,7 @@ def _fit(
     wish, limit = step.options.checkpointing, _limit(step)
     if wish != 'auto': step.set_levels(['layer' if wish else 'keep'] * len(step.layers))
     measure, peaks = _noted(fit.peak_bytes)
-    known = dict(measure=measure, tokens=step.options.budget, inputs=_pass_inputs(step))
+    known = dict(make_room=step.send_table, measure=measure, tokens=step.options.budget, inputs=_pass_inputs(step))
     peak = fit.fit_levels(once, step.layers, step.set_levels, limit, **known) if wish == 'auto' else measure(once)
     step.model.zero_grad()
     step.paths['peak_bytes'] = peak
@@ -173,8 +173,9 @@ def _on_card(
     (_compiled_fit if o.compile else _fit)(step, once)
     _hold(step, once)
     if not o.compile: step.paths['compile'] = 'switched off'
-    step.paths['graph'] = 'inputs wait in host memory' if 'offload' in step.paths['recompute'] else 'switched off'
-    if o.graph and 'offload' not in step.paths['recompute']: _recorded(step, batch, even)
+    away = 'inputs wait in host memory' if 'offload' in step.paths['recompute'] else 'the embedding table is in host memory' if step.table else ''
+    step.paths['graph'] = away or 'switched off'
+    if o.graph and not away: _recorded(step, batch, even)
 
 # %% ../../nbs/train/fast.ipynb #031828d8
 def _check_rows(

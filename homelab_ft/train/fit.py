@@ -165,11 +165,13 @@ def fit_levels(
     held=None,          # as for `kept_bytes`
     tokens: int = 2**62,    # of the largest pass; larger tiles are not tried
     inputs: int = 0,    # bytes of one layer's input; 0: unknown, everything is tried
+    make_room=None,     # function that gives up something else on the card, and says whether there was anything
 ) -> int:               # peak bytes of the levels now in force; 0 if none fits
-    "Recompute in as few layers as the limit allows; where all is too much, inputs leave the card and layers work in tiles."
+    "Recompute in as few layers as the limit allows; where all is too much, make room; then inputs leave the card and layers work in tiles."
     now = (held or torch.cuda.memory_allocated)() if inputs else 0
     if inputs_fit(inputs, len(layers), limit, now):
         if peak := _fit_kept(run, layers, set_levels, limit, measure, held): return peak
+    if make_room and make_room(): return fit_levels(run, layers, set_levels, limit, measure, held, tokens, inputs)
     return _fit_away(len(layers), limit, run, set_levels, measure, tokens)
 
 # %% ../../nbs/train/fit.ipynb #cb85d718

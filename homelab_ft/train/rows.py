@@ -18,6 +18,7 @@ from .engine import _plain_model, decoder_and_head, decoder_layers
 from .fit import Options
 from .graph import Lane, StepGraph
 from .shelf import Shelf
+from .table import HostTable, why_table_stays
 from .thin import ThinCopies
 
 # %% ../../nbs/train/rows.ipynb #435264d8
@@ -28,7 +29,7 @@ class Rows:
         options: Options,   # what the run asks for
     ):
         self.model, self.options, self.run, self.math, self.chunk = model, options, None, loss.chunk_loss, 0
-        self.lane, self.graphs, self.learned, self.seen = None, {}, {}, Counter()
+        self.lane, self.graphs, self.learned, self.seen, self.table = None, {}, {}, Counter(), None
         self.decoder, self.head = decoder_and_head(model)
         self.layers, self.device, self.dtype = decoder_layers(model), self.head.weight.device, self.head.weight.dtype
         self.parameters, self.copies = [p for p in model.parameters() if p.requires_grad], None
@@ -50,6 +51,15 @@ def set_levels(self: Rows,
     recompute.set_levels(self.layers, levels, None if tile else self.run, tile, Shelf(self.options.host_bytes))
     self.paths |= dict(recompute={k: levels.count(k) for k in recompute.LEVELS if k in levels}, tile=tile)
 
+# %% ../../nbs/train/rows.ipynb #ad02b0c6
+@patch
+def send_table(self: Rows) -> bool:
+    "Send the [embedding table](table.ipynb) to host memory, if it is there to be sent; whether it was."
+    if self.table: return False
+    why = why_table_stays(_plain_model(self.model))
+    self.table, self.paths['table'] = None if why else HostTable(_plain_model(self.model)), why or 'in host memory'
+    return not why
+
 # %% ../../nbs/train/rows.ipynb #a13c5857
 @patch
 def restore(self: Rows):
@@ -58,6 +68,8 @@ def restore(self: Rows):
     linear.unfuse(self.model)
     recompute.restore(self.layers)
     self.asked.remove()
+    if self.table: self.table.restore()
+    self.table = None
     _plain_model(self.model).config._attn_implementation = 'sdpa'
 
 # %% ../../nbs/train/rows.ipynb #f9fdc08b
