@@ -6,10 +6,10 @@
 __all__ = ['EPILOG', 'add_settings', 'read_settings', 'make_parser', 'main']
 
 # %% ../nbs/cli.ipynb #0fe0a674
-import argparse, os, sys, tempfile, warnings
+import argparse, json, os, sys, tempfile, warnings
 
 from . import __version__
-from .core import GiB, HomelabError, RunConfig, load_config, parse_override
+from .core import ConfigError, GiB, HomelabError, RunConfig, load_config, parse_override
 from .train.watch import COMMANDS, open_run, send, status
 
 # %% ../nbs/cli.ipynb #719ba900
@@ -61,21 +61,55 @@ def _cmd_run(
     from homelab_ft.journey import resume_journey, run_journey
     _print_end(resume_journey(open_run(args.resume, args.runs_dir or 'runs')) if args.resume else run_journey(read_settings(args)))
 
+# %% ../nbs/cli.ipynb #b963d4d9
+def _planned_card(
+    args,                # parsed arguments
+) -> tuple:              # (what it is, bytes that a run may take, device, what to print)
+    "The card that --gpu or --gib names; `ConfigError` for one that cannot be."
+    from homelab_ft.plan.cards import find_card, limit_bytes
+    if args.gpu is not None:
+        card = find_card(args.gpu)
+        return card.id, limit_bytes(card), 'auto', [card]
+    if not args.gib > 0: raise ConfigError('--gib is no amount of memory', value=args.gib, allowed='more than 0', next_step='for example --gib 12')
+    return f'{args.gib:g} GiB', round(args.gib * GiB), 'auto', []
+
+# %% ../nbs/cli.ipynb #7e367240
+def _this_card() -> tuple:   # as `_planned_card`
+    "The card in this machine, or the memory of one without: what programs can get of it, and what it is doing now."
+    from homelab_ft.plan.hardware import detect_machine
+    from homelab_ft.plan.live import live_card
+    machine, live = detect_machine(), live_card()
+    limit = live and live.usable_bytes or machine.total_bytes
+    return machine.gpu_name or machine.cpu_name, limit, machine.device, [machine, *([live] if live else [])]
+
 # %% ../nbs/cli.ipynb #d8fcc8ab
 def _cmd_plan(
     args,                # parsed arguments
-):
-    "Predict memory, and with --pilot time, energy and cost."
-    from homelab_ft.journey import pilot
-    from homelab_ft.plan.hardware import detect_machine
+) -> int:                # exit code
+    "Predict memory, and with --pilot time, energy and cost; exit code 3 if it does not fit."
     from homelab_ft.plan.shape import model_shape
     from homelab_ft.plan.vram import estimate_for, estimate_table, verdict
-    config, machine = read_settings(args), detect_machine()
-    if not args.gib and config.device == 'auto': config.device = machine.device
+    config = read_settings(args)
+    name, limit, device, about = _this_card() if args.gpu is None and args.gib is None else _planned_card(args)
+    if config.device == 'auto': config.device = device
     est = estimate_for(config, model_shape(config.model))
-    limit = round(args.gib * GiB) if args.gib else machine.total_bytes
-    print(f'{machine}\n\n{estimate_table(est)}\n\n{verdict(est, limit)}')
-    if args.pilot: print(f'\n{pilot(config)}')
+    if args.json: print(_plan_json(config, name, limit, est))
+    else: print(*about, estimate_table(est), verdict(est, limit), sep='\n\n')
+    if args.pilot:
+        from homelab_ft.journey import pilot
+        print(f'\n{pilot(config)}')
+    return 0 if est.fits(limit) else 3
+
+# %% ../nbs/cli.ipynb #6d3968e6
+def _plan_json(
+    config: RunConfig,   # the settings
+    name: str,           # of the card
+    limit: int,          # its memory in bytes
+    est,                 # the estimate
+) -> str:
+    "The plan for a program: bytes throughout."
+    return json.dumps(dict(model=config.model, method=config.method, max_length=config.max_length, batch_size=config.per_device_train_batch_size, card=name,
+                           limit_bytes=limit, fits=est.fits(limit), peak_bytes=est.peak, peak_phase=est.phase, parts=est.parts, phases=est.phases), indent=1)
 
 # %% ../nbs/cli.ipynb #03fa7e06
 def _cmd_data(
@@ -154,9 +188,9 @@ the journey:  plan -> data -> train -> eval -> merge -> chat; `run` is all of it
 examples:
   homelab-ft quickstart
   homelab-ft run --data tickets.csv --model ./Llama-3.2-1B-Instruct --set method=qlora
-  homelab-ft plan --model ./Llama-3.2-1B-Instruct --gib 12 --set method=qlora --set max_length=2048
+  homelab-ft plan --model ./Llama-3.2-1B-Instruct --gpu 4090 --set method=qlora --set max_length=2048
   homelab-ft train --resume runs/2026-01-31_18-00-00
-exit codes:  0 done, 2 something to mend (the message says what and how), 1 an error of ours, 130 stopped with Ctrl-C"""
+exit codes:  0 done, 2 something to mend (the message says what and how), 3 a plan that does not fit, 1 an error of ours, 130 stopped with Ctrl-C"""
 
 # %% ../nbs/cli.ipynb #7dec3b82
 def _add(
@@ -183,8 +217,11 @@ def _add_run_commands(
     parsers = {name: _add(commands, name, f) for name, f in [('run', _cmd_run), ('plan', _cmd_plan), ('data', _cmd_data), ('train', _cmd_train)]}
     for parser in parsers.values(): add_settings(parser)
     for name in ('run', 'train'): parsers[name].add_argument('--resume', metavar='RUN', help='continue a run: its folder or name')
-    parsers['plan'].add_argument('--gib', type=float, metavar='GIB', help="memory of a card that is not in this machine, in GiB")
-    parsers['plan'].add_argument('--pilot', action='store_true', help='train a few steps on --data and project time, energy and cost')
+    card, output = parsers['plan'].add_mutually_exclusive_group(), parsers['plan'].add_mutually_exclusive_group()
+    card.add_argument('--gpu', metavar='NAME', help='a card that is not in this machine, for example 4090 or "RTX 3080 10 GB"')
+    card.add_argument('--gib', type=float, metavar='GIB', help='memory of a card that is not in this machine, in GiB')
+    output.add_argument('--pilot', action='store_true', help='train a few steps on --data and project time, energy and cost')
+    output.add_argument('--json', action='store_true', help='print the plan for a program, in bytes')
 
 # %% ../nbs/cli.ipynb #42229640
 def _add_model_commands(
@@ -237,9 +274,8 @@ def main(
     args = make_parser().parse_args(argv)
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     if not args.debug: warnings.simplefilter('ignore')      # other libraries' notes to programmers
-    try: args.function(args)
+    try: return args.function(args) or 0
     except KeyboardInterrupt:
         print('\nstopped', file=sys.stderr)
         return 130
     except Exception as error: return _fail(error, args.debug)
-    return 0

@@ -1,6 +1,7 @@
 """Whatever is wrong with the input: one clear message, exit code 2, no training, nothing overwritten."""
 import json
 import shutil
+import sys
 
 import pytest
 
@@ -127,7 +128,58 @@ def test_other_rooms_refuse_an_unknown_run(here, capsys):
 
 
 def test_plan_needs_no_data_and_data_writes_nothing(here, capsys):
-    assert main(['plan', '--model', 'Llama-3.2-1B', '--gib', '12', '--set', 'method=qlora']) == 0
+    assert main(['plan', '--model', 'Llama-3.2-1B', '--gib', '40', '--set', 'method=qlora']) == 0
     assert main(['data', '--data', 'good.csv']) == 0
     assert 'delivery' in capsys.readouterr().out
     assert [p.name for p in here.iterdir()] == ['good.csv']
+
+
+@pytest.fixture
+def nobodys_cards(monkeypatch, tmp_path):
+    "No card, and no file of cards of one's own."
+    monkeypatch.setitem(sys.modules, 'pynvml', None)
+    monkeypatch.delenv('HOMELAB_FT_GPUS', raising=False)
+    monkeypatch.setenv('HOME', str(tmp_path))
+
+
+@pytest.mark.parametrize('card, code', [(['--gpu', 'RTX 4090'], 0), (['--gpu', 'nvidia h200'], 0), (['--gpu', 't4'], 3), (['--gib', '24'], 0), (['--gib', '4'], 3)])
+def test_plan_tells_by_its_exit_code_whether_it_fits(nobodys_cards, capsys, card, code):
+    plan = ['plan', '--model', 'Llama-3.1-8B', '--set', 'max_length=256', '--set', 'per_device_train_batch_size=1', *card]   # 15 GiB of weights
+    assert main(plan) == code
+    assert ('Fits' in capsys.readouterr().out) == (code == 0)
+    assert main([*plan, '--json']) == code
+    answer = json.loads(capsys.readouterr().out)
+    assert answer['fits'] == (code == 0) and answer['peak_bytes'] == sum(answer['parts'].values()) and answer['peak_phase'] in answer['phases']
+
+
+def test_plan_takes_what_a_program_gets(nobodys_cards, capsys):
+    main(['plan', '--gpu', '4090', '--json'])
+    assert json.loads(capsys.readouterr().out)['limit_bytes'] == 24081 * 2**20
+
+
+@pytest.mark.parametrize('wrong, said', [(['--gpu', 'RTX 4900'], 'rtx-4090'), (['--gpu', '3080'], 'rtx-3080-10gb'), (['--gpu', ''], 'next step'), (['--gib', '0'], '--gib'),
+                                         (['--gib', '-3'], '--gib'), (['--gib', 'nan'], '--gib')])
+def test_plan_for_no_card(nobodys_cards, capsys, wrong, said):
+    assert main(['plan', *wrong]) == 2
+    out, err = capsys.readouterr()
+    assert out == '' and said in err and 'Traceback' not in err
+
+
+@pytest.mark.parametrize('both', [['--gpu', '4090', '--gib', '24'], ['--json', '--pilot']])
+def test_plan_refuses_two_answers(both, capsys):
+    with pytest.raises(SystemExit) as e: main(['plan', *both])
+    assert e.value.code == 2 and 'not allowed' in capsys.readouterr().err
+
+
+def test_plan_on_a_card_shows_what_it_does_now(monkeypatch, capsys):
+    from types import SimpleNamespace
+    nvml = SimpleNamespace(NVMLError=RuntimeError, nvmlMemory_v2=1, nvmlInit=lambda: None, nvmlDeviceGetHandleByIndex=lambda i: 'card', nvmlDeviceGetName=lambda c: 'Card',
+                           nvmlSystemGetDriverVersion=lambda: '1', nvmlDeviceGetTemperature=lambda c, sensor: 81,
+                           nvmlDeviceGetMemoryInfo=lambda c, version=None: SimpleNamespace(total=16376 * 2**20, free=2**30, reserved=434 * 2**20))
+    monkeypatch.setitem(sys.modules, 'pynvml', nvml)
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    assert main(['plan']) == 0
+    assert '81 °C' in capsys.readouterr().out
+    main(['plan', '--json'])
+    answer = json.loads(capsys.readouterr().out)
+    assert answer['card'] == 'Card' and answer['limit_bytes'] == 15942 * 2**20
