@@ -184,8 +184,8 @@ def _contradiction(
     c,               # all settings
 ) -> ConfigError:    # or None
     "The first pair of settings that cannot hold together."
-    flat = ''.join([name for name in ('packing', 'torch_compile', 'cuda_graph') if getattr(c, name) is True][:1])
-    adapter = ''.join([name for name in ('use_dora', 'use_rslora') if getattr(c, name)][:1])
+    flat = next((name for name in ('packing', 'torch_compile', 'cuda_graph') if getattr(c, name) is True), '')
+    adapter = next((name for name in ('use_dora', 'use_rslora') if getattr(c, name)), '')
     for wrong, what, value, allowed, next_step in (
         (flat and c.padding_free is False, f'{flat}=true needs rows that lie end to end', 'padding_free=false', 'padding_free=auto or true', f'leave out padding_free, or set {flat}=false'),
         (adapter and c.method == 'full', f'{adapter} needs an adapter', 'method=full', 'method=lora, int8 or qlora', f'set {adapter}=false or method=lora'),

@@ -89,7 +89,8 @@ def plan_run(
     length, share = _worst_batch(config, cache) if cache and not config.packing else (config.max_length, 1.0)
     bounded = dict(max_length=length, device=machine.device if config.device == 'auto' else config.device)
     auto = asked == 'auto' and bounded['device'] == 'cuda'
-    wishes = (asked is True or auto and dpo,) if not auto or dpo or config.method == 'full' else (False, True)     # the plain steps do not choose
+    chooses = auto and not dpo and config.method != 'full'      # the plain steps do not: pairs recompute every layer then, whole models none
+    wishes = (False, True) if chooses else (asked is True or auto and dpo,)
     for wish in wishes:
         predicted = estimate_for(config.model_copy(update=bounded | {'gradient_checkpointing': wish}), model_shape(model_path(config.model)), share)
         if predicted.fits(machine.total_bytes, margin=0): return predicted, machine

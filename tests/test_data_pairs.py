@@ -9,8 +9,8 @@ from hypothesis import given, settings as tries, strategies as st
 
 from homelab_ft.core import DataError, make_config
 from homelab_ft.data.chat import load_tokenizer
-from homelab_ft.data.layout import detect_layout, to_examples
-from homelab_ft.data.pairs import Pairs, answer_span, read_examples
+from homelab_ft.data.layout import detect_layout
+from homelab_ft.data.pairs import Pairs, answer_span
 from homelab_ft.data.prepare import PARTS, load_prepared, prepare
 from homelab_ft.data.split import leaks
 
@@ -111,12 +111,6 @@ def test_test_data_has_pairs_too(tmp_path, tok):
     assert 41 not in made.train.rows.tolist() + made.validation.rows.tolist()      # asked in the test
     with pytest.raises(DataError, match='test_data: columns of data are missing'):
         prepare(config_of(write(tmp_path / 'a.jsonl', rows[:40]), test_data=write(tmp_path / 'c.jsonl', [dict(prompt='a', chosen='b')])), tok, tmp_path / 'c')
-
-
-def test_prompts_that_differ_are_refused_with_their_row():
-    rows = [FORMS['implicit prompt'](r) for r in rows_of(3)]
-    rows[1]['rejected'][0]['content'] = 'Something else?'
-    with pytest.raises(DataError, match='row 2: chosen and rejected do not share their prompt'): read_examples(to_examples, rows, detect_layout(rows))
 
 
 @pytest.mark.parametrize('settings, said', [(dict(chosen_column='choosen'), 'did you mean chosen'), (dict(layout='preference', chosen_column='prompt'), None),

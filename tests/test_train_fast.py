@@ -16,6 +16,7 @@ from homelab_ft.train.engine import Rectangles
 from homelab_ft.train.fast import prepare
 from homelab_ft.train.fit import Options
 from homelab_ft.train.lora import attach_lora
+from homelab_ft.train.loss import chunk_rows
 from homelab_ft.train.quantize import load_base
 from homelab_ft.train.rows import Rows
 from homelab_ft.train.watch import create_run, status
@@ -136,13 +137,16 @@ def test_out_of_memory_with_everything_recomputed_is_raised(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError): step.accumulate(cache, [[0, 1]])
 
 
-def test_a_pass_that_fits_in_no_way_is_refused_with_advice(monkeypatch):
+@pytest.mark.parametrize('gib, said', [((3, 2, 3, 0, 1), '90 tokens, 1.00 GiB at least'), ((0,) * 5, '90 tokens')], ids=['too large', 'full'])
+def test_a_pass_that_fits_in_no_way_is_refused_with_advice(monkeypatch, gib, said):
     torch.manual_seed(0)
-    step = prepare(adapted(MODELS['llama']()), Options(longest=40, budget=90, grain=16))
+    step, tries = prepare(adapted(MODELS['llama']()), Options(longest=40, budget=90, grain=16)), iter(gib)
     monkeypatch.setattr(fit, 'memory_limit', lambda *_: 2**20)
-    monkeypatch.setattr(fit, 'fit_levels', lambda *_, **__: 0)
+    monkeypatch.setattr(fit, 'peak_bytes', lambda once: next(tries) * 2**30)
+    monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda: 0)
     with pytest.raises(HardwareError, match='cannot hold one pass') as e: fast._fit(step, None)
-    assert 'per_device_train_batch_size' in str(e.value) and '90 tokens' in str(e.value)
+    assert 'per_device_train_batch_size' in str(e.value) and e.value.value == said
+    assert next(tries, None) is None and step.paths['recompute'] == {'offload': 3}       # two levels, the same without the table, then the last
 
 
 def test_compilation_that_fails_or_lies_is_left_out(monkeypatch):
@@ -162,16 +166,18 @@ def test_compilation_that_fails_or_lies_is_left_out(monkeypatch):
     assert step.paths['compile'] == 'no such thing' and step.run is None
 
 
-@pytest.mark.parametrize('gib, positions', [(0.6, 640), (20, 2**27 // 1000 // 128 * 128), (-1, 128)])
-def test_the_loss_takes_fewer_positions_where_the_card_is_nearly_full(monkeypatch, gib, positions):
+@pytest.mark.parametrize('vocab', [1000, 15_000])
+def test_the_loss_takes_fewer_positions_where_the_card_is_nearly_full(monkeypatch, vocab):
     torch.manual_seed(0)
-    step = prepare(adapted(MODELS['llama']()), Options(longest=40, budget=90, grain=16))
-    step.head = torch.nn.Linear(8, 1000 if gib != 0.6 else 15_000, bias=False)
+    step, chunks = prepare(adapted(MODELS['llama']()), Options(longest=40, budget=90, grain=16)), []
+    step.head = torch.nn.Linear(8, vocab, bias=False)
     gradients = sum(p.numel() * 4 for p in step.parameters)
-    monkeypatch.setattr(fit, 'memory_limit', lambda *_: int(gib * 2**30) + gradients)
-    step.fit_loss(fast.room(step))
-    assert step.chunk == positions
-    assert step.chunk == 128 or step.chunk * len(step.head.weight) * 16 <= gib * 2**30 / 4
+    for gib in (-1, 0.01, 0.6, 4, 20):
+        monkeypatch.setattr(fit, 'memory_limit', lambda *_: int(gib * 2**30) + gradients)
+        step.fit_loss(fast.room(step))
+        chunks.append(step.chunk)
+        assert step.chunk == 128 or step.chunk * vocab * 16 <= gib * 2**30 / 4
+    assert chunks == sorted(chunks) and chunks[0] == 128 < chunks[2] < chunks[-1] == chunk_rows(vocab)
 
 
 def test_the_embedding_table_leaves_before_the_inputs_of_layers(monkeypatch):

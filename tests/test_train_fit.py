@@ -84,13 +84,8 @@ def test_levels_without_tiles_are_set_with_one_argument():
 def test_a_pass_that_runs_out_of_memory_is_an_answer(level, limit):
     "`peak_bytes` gives 0 for it, and the next way is tried."
     card = Card()
-    measure, card.measure = card.measure, lambda run: 0 if card.levels[0] != level and fit.TILES and len(card.tries) < 9 and measure(run) > limit else card.need(card.levels, card.tile)
-    assert card.fit(limit) <= limit and card.levels[0] == level
-
-
-@given(st.integers(0, 10**12), st.integers(1, 100), st.integers(0, 10**12), st.integers(0, 10**12))
-def test_inputs_fit_is_what_it_says(inputs, layers, limit, held):
-    assert fit.inputs_fit(inputs, layers, limit, held) == (limit - held - layers * inputs >= 0)
+    card.measure = lambda run: need if (need := card.need(card.levels, card.tile)) <= limit else 0
+    assert 0 < card.fit(limit) <= limit and card.levels[0] == level
 
 
 @given(st.integers(0, 10_000), st.tuples(*[st.integers(1, 500)] * 3), st.integers(1, 40))

@@ -14,8 +14,9 @@ from homelab_ft.train.shelf import Offloaded, Shelf
 
 MIXTURE = ['keep', 'mlp', 'layer', 'offload']
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no card')
-def set_levels(layers, levels, run=None, tile=0, room=0): recompute.set_levels(layers, levels, run, tile, Shelf(room))
 
+
+def set_levels(layers, levels, run=None, tile=0, room=0): recompute.set_levels(layers, levels, run, tile, Shelf(room))
 
 
 def toy(device='cpu'):

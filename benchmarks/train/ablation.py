@@ -12,9 +12,10 @@ from homelab_ft.train import attention, fast, linear, loss
 from homelab_ft.train.engine import Rectangles
 from homelab_ft.train.lora import attach_lora
 from homelab_ft.train.quantize import load_base
-from ours import packed_steps
-from workload import LENGTH, Data, Meter, limit_card, say
+from ours import measure, packed_steps
+from workload import LENGTH, Data, limit_card, say
 
+ROWS = 2      # packed rows in a step
 STOCK = lambda model: (linear.unfuse(model), {'switched off': 1})[1]
 CASES = {  # name: (options, patches)
     'everything': ({}, []),
@@ -39,29 +40,15 @@ def close(step):
     torch.cuda.empty_cache()
 
 
-def measure(step, data, steps, **about):
-    "Eight steps, timed, and two under the profiler."
-    parameters = [p for p in step.model.parameters() if p.requires_grad]
-    meter, optimizer = Meter(), torch.optim.AdamW(parameters, lr=1e-5, fused=True)
-    for rows in steps * 100:
-        meter.begin()
-        step.accumulate(data, [rows])
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        step.zero_grad()
-        if meter.end(int(data.lengths[rows].sum())): break
-    say(meter.row(**about, paths=step.paths))
-
-
 def main(path, method, gib, *names):
     limit_card(float(gib))
     model = attach_lora(load_base(path, method, 'bfloat16', 'cuda'), make_config(method=method))
     kinds, names = [k for k in ('full', 'real') if k in names], [n for n in names if n not in ('full', 'real')]
-    for kind, n in [(k, 2) for k in kinds or ('full', 'real')]:
+    for kind in kinds or ('full', 'real'):
         data = Data(kind, 128000)
-        steps, shape = packed_steps(data, n)
+        steps, shape = packed_steps(data, ROWS)
         for name in names or [*CASES, 'plain step']:
-            about = dict(case=name, method=method, kind=kind, rows=n, limit_gib=float(gib))
+            about = dict(case=name, method=method, kind=kind, rows=ROWS, limit_gib=float(gib))
             try:
                 if name == 'plain step':
                     measure(Rectangles(model, 'measured'), data, steps, **about)
@@ -69,7 +56,7 @@ def main(path, method, gib, *names):
                 options, patches = CASES[name]
                 with ExitStack() as stack:
                     for where, what, instead in patches: stack.enter_context(patch.object(where, what, instead))
-                    step = fast.prepare(model, fast.Options(**dict(longest=LENGTH, budget=n * LENGTH, fixed=shape) | options))
+                    step = fast.prepare(model, fast.Options(**dict(longest=LENGTH, budget=ROWS * LENGTH, fixed=shape) | options))
                     measure(step, data, steps, **about)
                     close(step)
             except Exception as e: say(about | dict(failed=f'{type(e).__name__}: {str(e)[:200]}'))

@@ -17,6 +17,20 @@ def packed_steps(data, rows):
     return steps, (rows * LENGTH, packing.round_up(learned, 128), packing.round_up(max(map(len, steps)) + rows, 8))
 
 
+def measure(step, data, steps, **about):
+    "Eight steps, timed, and two under the profiler; says the row of figures."
+    parameters = [p for p in step.model.parameters() if p.requires_grad]
+    meter, optimizer = Meter(), torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+    for rows in steps * 100:
+        meter.begin()
+        step.accumulate(data, [rows])
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step.zero_grad()
+        if meter.end(int(data.lengths[rows].sum())): break
+    say(meter.row(**about, paths=step.paths))
+
+
 def main(path, method, kind, rows, gib, *options):
     settings = dict(o.split('=') for o in options)
     about = dict(who='homelab_ft', method=method, kind=kind, rows=rows, limit_gib=gib, **settings)
@@ -26,16 +40,7 @@ def main(path, method, kind, rows, gib, *options):
         steps, shape = packed_steps(data, rows)
         model = attach_lora(load_base(path, method, 'bfloat16', 'cuda'), make_config(method=method))
         chosen = fast.Options(longest=LENGTH, budget=rows * LENGTH, fixed=shape, **{k: {'True': True, 'False': False}.get(v, v) for k, v in settings.items()})
-        step = fast.prepare(model, chosen)
-        meter, optimizer = Meter(), torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-        for chosen in steps * 100:
-            meter.begin()
-            step.accumulate(data, [chosen])
-            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-            optimizer.step()
-            step.zero_grad()
-            if meter.end(int(data.lengths[chosen].sum())): break
-        say(meter.row(**about, paths=step.paths))
+        measure(fast.prepare(model, chosen), data, steps, **about)
     except Exception as e:
         import traceback
         traceback.print_exc()

@@ -45,7 +45,7 @@ def load_tokenizer(
     chat_template: str = None,   # Jinja file that replaces the tokenizer's own template
     needs_template: bool = True, # False: plain text can do without
 ):                               # a transformers tokenizer with a pad token, and, if needed, a chat template
-    "The model's tokenizer; raises `ModelError` if it cannot be loaded or has no chat template."
+    "The model's tokenizer; raises `ModelError` if it cannot be loaded or lacks a chat template that is needed."
     from transformers import AutoTokenizer
     template = chat_template and _read_template(chat_template)
     try: tok = AutoTokenizer.from_pretrained(_tokenizer_place(model))

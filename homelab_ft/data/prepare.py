@@ -77,7 +77,7 @@ def _check_columns(
 def _read(
     path: str,                # data file
     config: RunConfig,        # the settings
-    tok,                      # tokenizer with a chat template
+    tok,                      # tokenizer
     layout: Layout = None,    # of the training file, if this is the test file
 ) -> _Source:
     "Load, clean and tokenize one file."
@@ -93,7 +93,7 @@ def _read(
 # %% ../../nbs/data/prepare.ipynb #8bbf255d
 def _read_test(
     config: RunConfig,        # with `test_data`
-    tok,                      # tokenizer with a chat template
+    tok,                      # tokenizer
     layout: Layout,           # of the training file
 ) -> _Source:
     "The test file, its errors marked as such; None if there is no such file."
@@ -196,7 +196,7 @@ def _report(
 # %% ../../nbs/data/prepare.ipynb #1ae1f972
 def _key(
     config: RunConfig,   # the settings
-    tok,                 # tokenizer with a chat template
+    tok,                 # tokenizer
 ) -> str:
     "SHA-256 of all that shapes the prepared data."
     elsewhere = ('model', 'data', 'test_data', 'chat_template')     # their content counts, not their name
@@ -255,7 +255,7 @@ def load_prepared(
 # %% ../../nbs/data/prepare.ipynb #3339add8
 def _build(
     config: RunConfig,          # the settings
-    tok,                        # tokenizer with a chat template
+    tok,                        # tokenizer
     key: str,                   # fingerprint of all that goes in
 ) -> Prepared:
     "Read, divide, report; nothing is written."

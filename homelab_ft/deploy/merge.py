@@ -19,7 +19,7 @@ from ..data.plain import encode_text, end_ids, holds_text, is_text
 from ..data.tokenize import make_cache
 from ..train.checkpoint import write_folder
 from ..train.engine import collate, label_nll
-from ..train.lora import load_adapter
+from ..train.lora import load_adapter, need_trained
 from ..train.quantize import load_base, resolve_device, resolve_dtype
 from ..train.watch import RunFolder
 from ..evaluate.tasks import generate_greedy
@@ -62,8 +62,7 @@ def _check_target(
 ):
     "Everything that can be known before the weights are loaded: `RunError` or `HardwareError`."
     if out.exists(): raise RunError('there is a folder already, and nothing is overwritten', value=out, next_step='move it away, or merge to another folder')
-    if not any(run.adapter_path.glob('*.safetensors')):
-        raise RunError('the run has no adapter yet', value=run.path, next_step='train it first: homelab-ft train')
+    need_trained(run)
     check_writable(out.parent)
 
 # %% ../../nbs/deploy/merge.ipynb #1ca4e3d9

@@ -7,10 +7,10 @@ __all__ = ['Chat', 'load_chat']
 
 # %% ../../nbs/deploy/serve.ipynb #11d239fa
 from pathlib import Path
-from ..core import DataError, RunConfig, RunError, make_config
+from ..core import DataError, RunConfig, make_config
 from ..data.chat import end_of_turn_ids, load_tokenizer, prompt_ids
 from ..data.plain import end_ids
-from ..train.lora import load_adapter
+from ..train.lora import load_adapter, need_trained
 from ..train.quantize import load_base, resolve_device, resolve_dtype
 from ..train.watch import RunFolder, open_run
 
@@ -32,8 +32,7 @@ def _load(
     "Model and tokenizer of a run, a model folder or the embedded base."
     run = _find_run(target)
     config = run.config() if run else make_config(model=str(target))
-    if run and not any(run.adapter_path.glob('*.safetensors')):
-        raise RunError('the run has no adapter yet', value=run.path, next_step='train it first: homelab-ft train')
+    if run: need_trained(run)
     tok = load_tokenizer(config.model, config.chat_template, needs_template=False)
     model = load_base(config.model, config.method, resolve_dtype(config), resolve_device(config), config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
     return (load_adapter(model, run.adapter_path) if run else model).eval(), tok

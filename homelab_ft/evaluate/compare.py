@@ -19,7 +19,7 @@ from ..data.tokenize import TokenCache, load_cache, make_cache, take
 from .likelihood import Interval, paired_bootstrap, paired_bootstrap_accuracy, perplexity, row_nll
 from .preference import PREFERRED, preference_lines, preference_verdict
 from .tasks import accuracy, exact_match, generate_greedy, label_logprobs, macro_f1, matches
-from ..train.lora import load_adapter
+from ..train.lora import load_adapter, need_trained
 from ..train.quantize import load_base, resolve_device, resolve_dtype
 from ..train.watch import RunFolder
 
@@ -238,8 +238,7 @@ def _load_tuned(
     config: RunConfig,     # its settings
 ):                         # PeftModel, or the model tuned as a whole, in eval mode
     "The base model with the run's adapter, or the tuned one; `RunError` when nothing was trained yet."
-    if not any(run.adapter_path.glob('*.safetensors')):
-        raise RunError('the run has no adapter yet', value=run.path, next_step='train it first: homelab-ft train')
+    need_trained(run)
     return load_adapter(load_base(config.model, config.method, resolve_dtype(config), resolve_device(config),
                                   config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant), run.adapter_path)
 

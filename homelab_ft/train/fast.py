@@ -43,6 +43,30 @@ def _input_bytes(
     weight = _plain_model(model).get_input_embeddings().weight
     return len(decoder_layers(model) or []) * weight.shape[1] * weight.itemsize
 
+# %% ../../nbs/train/fast.ipynb #031828d8
+def _check_rows(
+    step: Rows,         # fresh; its model is as it was afterwards
+    options: Options,   # what the run asks for
+) -> str:               # empty if it computes what the plain step does
+    "Compare three short rows laid end to end with a rectangle of them; without dropout and noise, which differ every time."
+    model, probe = step.model, packing.RandomRows([9, 33, 20], 0.7, step.head.weight.shape[0])
+    found = fit.gradient_of(model, lambda: step.accumulate(probe, [[0, 1, 2]])[0])
+    step.restore()
+    wanted = fit.gradient_of(model, lambda: accumulate(model, [collate(probe, [0, 1, 2], 0)], options.label_smoothing)[0])
+    return fit.differs(found, wanted, step.dtype)
+
+# %% ../../nbs/train/fast.ipynb #ee746f70
+def _why_not(
+    model,              # causal language model with peft around it, in training mode
+    options: Options,   # what the run asks for
+) -> str:               # empty if nothing does
+    "What keeps the fast step from a model."
+    why = odd_parts(model) or attention.why_stock_attention(_plain_model(model))
+    if why: return why
+    model.eval()
+    try: return _check_rows(Rows(model, replace(options, longest=33, budget=96, fixed=(), grain=32)), options)
+    finally: model.train()
+
 # %% ../../nbs/train/fast.ipynb #1152d9e5
 def _limit(step):
     "Bytes that tensors may take on the card."
@@ -60,36 +84,26 @@ def _pass_inputs(step):
     "Bytes of one layer's input in the largest pass."
     return step.options.budget * step.head.weight.shape[1] * step.head.weight.itemsize
 
-# %% ../../nbs/train/fast.ipynb #4af7a618
-def _noted(
-    measure,            # function that gives bytes, 0 where the card was full
-) -> tuple:             # (the function, a list of what it gives)
-    "Let a function take notes."
-    notes = []
-    return lambda run: (notes.append(measure(run)), notes[-1])[1], notes
-
-# %% ../../nbs/train/fast.ipynb #b3640cf1
-def _least(
-    peaks: list,        # bytes, 0 where the card was full
-) -> str:               # empty if it always was
-    "In words, the least that a pass took."
-    return ''.join(f', {p / 2**30:.2f} GiB at least' for p in sorted(p for p in peaks if p)[:1])
-
 # %% ../../nbs/train/fast.ipynb #549b117d
 def _fit(
     step: Rows,         # on a card
     once,               # function that makes its largest pass
 ):
     "Decide what the layers keep; `HardwareError` if one pass is too much."
-    wish, limit = step.options.checkpointing, _limit(step)
+    wish, limit, peaks = step.options.checkpointing, _limit(step), []
+    def measure(run):
+        "Peak bytes of a pass, noted."
+        peaks.append(fit.peak_bytes(run))
+        return peaks[-1]
     if wish != 'auto': step.set_levels(['layer' if wish else 'keep'] * len(step.layers))
-    measure, peaks = _noted(fit.peak_bytes)
     known = dict(make_room=step.send_table, measure=measure, tokens=step.options.budget, inputs=_pass_inputs(step))
     peak = fit.fit_levels(once, step.layers, step.set_levels, limit, **known) if wish == 'auto' else measure(once)
     step.model.zero_grad()
     step.paths['peak_bytes'] = peak
-    if not peak: raise HardwareError('the card cannot hold one pass', value=f'{step.options.budget} tokens' + _least(peaks), allowed=f'{limit / 2**30:.2f} GiB of tensors',
-                                     next_step='set gradient_checkpointing=auto, or a smaller per_device_train_batch_size or max_length')
+    if peak: return
+    least = min(filter(None, peaks), default=0)
+    raise HardwareError('the card cannot hold one pass', value=f'{step.options.budget} tokens' + f', {least / 2**30:.2f} GiB at least' * (least > 0),
+                        allowed=f'{limit / 2**30:.2f} GiB of tensors', next_step='set gradient_checkpointing=auto, or a smaller per_device_train_batch_size or max_length')
 
 # %% ../../nbs/train/fast.ipynb #08d4b9d4
 def _short(
@@ -136,10 +150,10 @@ def _hold(
     once,               # function that makes its largest pass
 ):
     "Where every layer keeps all it can and more than a GiB is left: merged matrices, made once per step."
-    room = _limit(step) - step.paths['peak_bytes'] - 2**30
-    if not step.copies or set(step.paths['recompute']) != {'keep'} or room <= 0: return
+    spare = _limit(step) - step.paths['peak_bytes'] - 2**30
+    if not step.copies or set(step.paths['recompute']) != {'keep'} or spare <= 0: return
     packed = fit.gradient_of(step.model, once)
-    step.paths['held'] = step.copies.hold(step.layers, room)
+    step.paths['held'] = step.copies.hold(step.layers, spare)
     if fit.differs(fit.gradient_of(step.model, once), packed, step.dtype): step.paths['held'] = step.copies.hold(step.layers, 0)
 
 # %% ../../nbs/train/fast.ipynb #54c45200
@@ -160,7 +174,7 @@ def _recorded(
 
 # %% ../../nbs/train/fast.ipynb #af72a675
 def _on_card(
-    step: Rows,         # checked on a few short rows
+    step: Rows,         # for which `_why_not` found nothing
 ):
     "Kernels, compilation, levels, recording: each compared with what came before."
     o = step.options
@@ -168,7 +182,10 @@ def _on_card(
     batch = {k: torch.from_numpy(v) for k, v in batch.items()}
     step.paths['attention'] = attention.kernel_for(_plain_model(step.model).config, o.budget, o.longest, step.dtype)
     if 'dropout' in step.paths['lora']: o = replace(o, compile=False, graph=False)      # its random numbers cannot be compared
-    once = lambda: (step.keep_gradients(), step.backward(batch, even))[1]
+    def once():
+        "The largest pass, with gradients in place."
+        step.keep_gradients()
+        return step.backward(batch, even)
     step.fit_loss(room(step))
     (_compiled_fit if o.compile else _fit)(step, once)
     _hold(step, once)
@@ -176,30 +193,6 @@ def _on_card(
     away = 'inputs wait in host memory' if 'offload' in step.paths['recompute'] else 'the embedding table is in host memory' if step.table else ''
     step.paths['graph'] = away or 'switched off'
     if o.graph and not away: _recorded(step, batch, even)
-
-# %% ../../nbs/train/fast.ipynb #031828d8
-def _check_rows(
-    step: Rows,         # fresh
-    options: Options,   # what the run asks for
-) -> str:               # empty if it computes what the plain step does
-    "Compare three short rows laid end to end with a rectangle of them; without dropout and noise, which differ every time."
-    model, probe = step.model, packing.RandomRows([9, 33, 20], 0.7, step.head.weight.shape[0])
-    found = fit.gradient_of(model, lambda: step.accumulate(probe, [[0, 1, 2]])[0])
-    step.restore()
-    wanted = fit.gradient_of(model, lambda: accumulate(model, [collate(probe, [0, 1, 2], 0)], options.label_smoothing)[0])
-    return fit.differs(found, wanted, step.dtype)
-
-# %% ../../nbs/train/fast.ipynb #ee746f70
-def _why_not(
-    model,              # causal language model with peft around it, in training mode
-    options: Options,   # what the run asks for
-) -> str:               # empty if nothing does
-    "What keeps the fast step from a model."
-    why = odd_parts(model) or attention.why_stock_attention(_plain_model(model))
-    if why: return why
-    model.eval()
-    try: return _check_rows(Rows(model, replace(options, longest=33, budget=96, fixed=(), grain=32)), options)
-    finally: model.train()
 
 # %% ../../nbs/train/fast.ipynb #b3eb32fc
 def prepare(

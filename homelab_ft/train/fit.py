@@ -60,7 +60,7 @@ def kept_bytes(
     layer,              # one of the layers it goes through
     held=None,          # function that says how many bytes are held; None: PyTorch's counter of the card
 ) -> int:
-    "What is held more after the layer's forward pass than before."
+    "What is held more after the layer's forward pass than before; more than any card has if the pass was too much before that."
     seen, held = [], held or torch.cuda.memory_allocated
     note = lambda *_: seen.append(held())
     hooks = [layer.register_forward_pre_hook(note), layer.register_forward_hook(note)]

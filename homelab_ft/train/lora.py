@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ALWAYS', 'FOUR_BITS', 'linear_names', 'check_targets', 'attach_lora', 'trainable_parameters', 'attach', 'recommended',
-           'adapter_tensors', 'set_adapter', 'save_adapter', 'load_adapter']
+           'adapter_tensors', 'set_adapter', 'save_adapter', 'need_trained', 'load_adapter']
 
 # %% ../../nbs/train/lora.ipynb #a198d465
 import json
 from pathlib import Path
 
-from ..core import ConfigError, ModelError, RunConfig, embedded_model, model_path, near_matches
+from ..core import ConfigError, ModelError, RunConfig, RunError, embedded_model, model_path, near_matches
 from .checkpoint import write_folder
 from .full import all_weights, fill_folder, learn_all, load_full, put_weights
 from .noise import add_noise
@@ -156,6 +156,14 @@ def save_adapter(
         save_file(tensors, new / 'adapter_model.safetensors', metadata={'format': 'pt'})
         (new / 'adapter_config.json').write_text(json.dumps(_adapter_config(model), indent=2, default=str))
     return write_folder(folder, fill)
+
+# %% ../../nbs/train/lora.ipynb #8e0ac497
+def need_trained(
+    run,                    # `RunFolder`
+):
+    "`RunError` for a run that has neither an adapter nor a tuned model yet."
+    if any(run.adapter_path.glob('*.safetensors')): return
+    raise RunError('the run has no adapter yet', value=run.path, next_step='train it first: homelab-ft train')
 
 # %% ../../nbs/train/lora.ipynb #9e98ee67
 def load_adapter(

@@ -28,11 +28,12 @@ class Rows:
         model,              # causal language model with peft around it
         options: Options,   # what the run asks for
     ):
-        self.model, self.options, self.run, self.math, self.chunk = model, options, None, loss.chunk_loss, 0
-        self.lane, self.graphs, self.learned, self.seen, self.table = None, {}, {}, Counter(), None
+        self.model, self.options, self.parameters = model, options, [p for p in model.parameters() if p.requires_grad]
         self.decoder, self.head = decoder_and_head(model)
         self.layers, self.device, self.dtype = decoder_layers(model), self.head.weight.device, self.head.weight.dtype
-        self.parameters, self.copies = [p for p in model.parameters() if p.requires_grad], None
+        self.run, self.math, self.chunk = None, loss.chunk_loss, 0      # compiled layers, if any; a chunk's loss; its positions, 0: as many as usual
+        self.lane, self.graphs, self.seen = None, {}, Counter()         # where passes are recorded; those that are, by shape; how often each shape came
+        self.learned, self.copies, self.table = {}, None, None          # learned tokens of each row; 16-bit adapters; embeddings in host memory
         self.paths = dict(rows='on', lora='on', loss='on', compile='no card', graph='no card', attention='varlen', recompute={})
         self.asked = _plain_model(model).get_input_embeddings().register_forward_hook(lambda module, given, out: recompute.ask_gradient(out))
         attention.use_rows(_plain_model(model))
@@ -90,7 +91,8 @@ def fit_loss(self: Rows,
     room: int,          # bytes that are left for a pass
 ):
     "Take so many positions of the loss at a time that a quarter of the room is enough for them."
-    self.chunk = loss.chunk_rows(len(self.head.weight), min(2**27, max(0, room) // (4 * 16)))
+    vocab = len(self.head.weight)
+    self.chunk = min(loss.chunk_rows(vocab), loss.chunk_rows(vocab, room // (4 * 16)))
 
 # %% ../../nbs/train/rows.ipynb #32ff82d7
 def _sent(batch: dict, device) -> dict:
@@ -100,7 +102,7 @@ def _sent(batch: dict, device) -> dict:
 # %% ../../nbs/train/rows.ipynb #8825a514
 @patch
 def on_lane(self: Rows):
-    "Where passes are recorded, all others share their [lane](graph.ipynb), unless gradients are still to be made: a context."
+    "A context: on the lane of recorded passes, if there are any, and if every gradient is there already."
     return self.lane.taken() if self.lane and all(p.grad is not None for p in self.parameters) else nullcontext()
 
 # %% ../../nbs/train/rows.ipynb #9fa7efee

@@ -160,8 +160,8 @@ class Job:
     model: object                  # with adapter
     engine: object                 # takes the gradients: `Rectangles`, `Rows`, or `PairSteps`, which also has numbers to watch
     optimizer: object
-    train: object                  # TokenCache
-    validation: object             # TokenCache, or None
+    train: object                  # TokenCache, or `Pairs` of them
+    validation: object             # the same, or None
     state: State
     meter: object                  # counts joules
     best: dict = None              # adapter with the best validation loss

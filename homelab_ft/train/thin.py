@@ -59,10 +59,6 @@ class ThinCopies:
         "Drop gradients of a pass that broke off."
         for t in self.thin: t.grad = None
 
-    def release(self):
-        "Let every layer convert its own matrices again."
-        for layer in self.layers: layer._thin = layer._held = None
-
 # %% ../../nbs/train/thin.ipynb #5b97636b
 def _packed(
     layer,              # decoder layer
