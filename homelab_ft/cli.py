@@ -82,6 +82,20 @@ def _this_card() -> tuple:   # as `_planned_card`
     limit = live and live.usable_bytes or machine.total_bytes
     return machine.gpu_name or machine.cpu_name, limit, machine.device, [machine, *([live] if live else [])]
 
+# %% ../nbs/cli.ipynb #c8ce6014
+_PLAIN_STEP = 'These figures are for padded rows and the plain step. On a card a run packs its rows and takes less: ask with --trace.'
+
+def _print_trace(
+    config: RunConfig,   # the settings
+    limit: int,          # memory of the card in bytes
+    about: list,         # what is known of the card
+) -> int:                # exit code
+    "Rehearse two steps without a card, and say whether they fit."
+    from homelab_ft.plan.trace import fit_trace
+    found, fits, sentence = fit_trace(config, limit, card='cpu' if config.device == 'cpu' else 'ampere')
+    print(*about, found, sentence, sep='\n\n')
+    return 0 if fits else 3
+
 # %% ../nbs/cli.ipynb #d8fcc8ab
 def _cmd_plan(
     args,                # parsed arguments
@@ -92,9 +106,10 @@ def _cmd_plan(
     config = read_settings(args)
     name, limit, device, about = _this_card() if args.gpu is None and args.gib is None else _planned_card(args)
     if config.device == 'auto': config.device = device
+    if args.trace: return _print_trace(config, limit, about)
     est = estimate_for(config, model_shape(config.model))
     if args.json: print(_plan_json(config, name, limit, est))
-    else: print(*about, estimate_table(est), verdict(est, limit), sep='\n\n')
+    else: print(*about, estimate_table(est), verdict(est, limit), _PLAIN_STEP, sep='\n\n')
     if args.pilot:
         from homelab_ft.journey import pilot
         print(f'\n{pilot(config)}')
@@ -221,6 +236,7 @@ def _add_run_commands(
     card.add_argument('--gpu', metavar='NAME', help='a card that is not in this machine, for example 4090 or "RTX 3080 10 GB"')
     card.add_argument('--gib', type=float, metavar='GIB', help='memory of a card that is not in this machine, in GiB')
     output.add_argument('--pilot', action='store_true', help='train a few steps on --data and project time, energy and cost')
+    output.add_argument('--trace', action='store_true', help="rehearse two steps of the run's own training step, some ten seconds; no card is needed")
     output.add_argument('--json', action='store_true', help='print the plan for a program, in bytes')
 
 # %% ../nbs/cli.ipynb #42229640
