@@ -92,7 +92,7 @@ def _print_trace(
 ) -> int:                # exit code
     "Rehearse two steps without a card, and say whether they fit."
     from homelab_ft.plan.trace import fit_trace
-    found, fits, sentence = fit_trace(config, limit, card='cpu' if config.device == 'cpu' else 'ampere')
+    found, fits, sentence = fit_trace(config, limit, card='cpu' if config.device == 'cpu' else 'hopper')
     print(*about, found, sentence, sep='\n\n')
     return 0 if fits else 3
 

@@ -79,6 +79,7 @@ def highest(
     for i, *key in book.marks: marks.setdefault(i, []).append(tuple(key))
     key = (0, 'load')
     def note(i):
+        "Whether this is the most so far."
         if now > best.get(key, 0): best[key], found[key] = now, i
     for i, (n, _) in enumerate(book.events):
         for key in marks.get(i, ()): note(i - 1)

@@ -56,6 +56,7 @@ def _last_reads(nodes, lazy) -> dict:
     "node -> place of the operation that reads it last, in memory or on the way."
     place, end = {n: i for i, n in enumerate(nodes)}, {}
     def last(n):
+        "The last reader of one node."
         if n not in end: end[n] = max([last(u) if u in lazy else place[u] for u in n.users] + [place[n]] * (n not in lazy or not n.users))
         return end[n]
     for n in reversed(nodes): last(n)
@@ -154,7 +155,9 @@ class Program:
 def _boxed(module, inputs):
     "A compiler for AOTAutograd."
     program = Program(module)
-    def call(args): return program(args)
+    def call(args):
+        "Run the program."
+        return program(args)
     call._boxed_call = True      # on a function: Dynamo's wrapper copies its attributes
     return call
 

@@ -47,6 +47,7 @@ def _hollow(tensor, *_):
 def _real(function):
     "The function with real tensors."
     def call(*args, **kwargs):
+        "The call, among tensors with values."
         with _disable_current_modes(): return function(*args, **kwargs)
     return call
 
@@ -54,6 +55,7 @@ def _real(function):
 def _in_host_memory(witness, function):
     "The function, its results in host memory."
     def call(*args, **kwargs):
+        "The call, in host memory."
         with witness.in_host_memory(): return function(*args, **kwargs)
     return call
 
@@ -86,6 +88,7 @@ def _mark_phases(witness, model):
     "Let the decoder say where it is."
     decoder = engine._plain_model(model).base_model
     def ends(module, args, out):
+        "The loss begins; its gradient will begin the backward pass."
         witness.mark('loss')
         if out[0].requires_grad: out[0].register_hook(lambda grad: witness.mark('backward'))
     decoder.register_forward_pre_hook(lambda *_: witness.mark('forward'))
@@ -118,9 +121,12 @@ def _make_optimizer(witness, model, config):
     if hasattr(made, 'fill_qmap'): _pretend_kernels(witness, made)
     trained = [p for g in made.param_groups for p in g['params']]
     def begins(*_):
+        "Gradients are complete."
         witness.tag([p.grad for p in trained], 'gradients')
         witness.mark('optimizer')
-    def ends(*_): witness.tag([t for s in made.state.values() for t in s.values()], 'optimizer')
+    def ends(*_):
+        "States are there."
+        witness.tag([t for s in made.state.values() for t in s.values()], 'optimizer')
     made.register_step_pre_hook(begins)
     made.register_step_post_hook(ends)
     return made
@@ -184,6 +190,7 @@ def _make_step(witness, model, config, scene):
 def _stay(witness, step):
     "Let every pass find gradients."
     def keep():
+        "Gradients stay, of zeros where there are none."
         step.keep_gradients()
         witness.tag([p.grad for p in step.parameters], 'gradients')
     step.zero_grad = keep
