@@ -1,6 +1,5 @@
 "The fast step against the plain one: whole models, whole runs, and what is refused."
-import json
-import sys
+import contextlib, json, sys
 
 import numpy as np
 import pytest
@@ -172,6 +171,7 @@ def test_the_loss_takes_fewer_positions_where_the_card_is_nearly_full(monkeypatc
     step, chunks = prepare(adapted(MODELS['llama']()), Options(longest=40, budget=90, grain=16)), []
     step.head = torch.nn.Linear(8, vocab, bias=False)
     gradients = sum(p.numel() * 4 for p in step.parameters)
+    monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda: 0)
     for gib in (-1, 0.01, 0.6, 4, 20):
         monkeypatch.setattr(fit, 'memory_limit', lambda *_: int(gib * 2**30) + gradients)
         step.fit_loss(fast.room(step))
@@ -229,12 +229,41 @@ def test_a_step_is_taken_again_when_the_error_holds_on_to_nothing(monkeypatch):
     def full(*_): raise torch.OutOfMemoryError('a card that is full')
     def note():
         seen.append(sys.exc_info()[0])
-        retreat()
         step.one_pass = whole
+        return retreat()
     step.one_pass, step.retreat = full, note
     plain = fit.gradient_of(step.model, lambda: Rectangles.accumulate(Rectangles(step.model, 'plain'), cache, [[0, 1]])[0])
     assert apart(gradient(step, cache, [[0, 1]]), plain) < 1e-5
     assert seen == [None]
+
+
+def test_a_full_card_gives_up_speed_first_and_what_layers_keep_only_then(monkeypatch):
+    torch.manual_seed(0)
+    step, cache, seen = prepare(adapted(MODELS['llama']()), Options(longest=40, budget=90, grain=16)), rows(), []
+    plain = gradient(step, cache, [[0, 1]])
+    step.lane, step.graphs = 'where passes are recorded', {'a shape': 'a recording'}
+    whole = step.one_pass
+    def full_twice(*given):
+        seen.append((step.lane, dict(step.paths['recompute'])))
+        if len(seen) < 3: raise torch.OutOfMemoryError('a card that is full')
+        return whole(*given)
+    monkeypatch.setattr(step, 'one_pass', full_twice)
+    monkeypatch.setattr(step, 'on_lane', contextlib.nullcontext)
+    total, _ = step.accumulate(cache, [[0, 1]])
+    assert seen[:3] == [('where passes are recorded', {'keep': 3}), (None, {'keep': 3}), (None, {'layer': 3})] and not step.graphs
+    assert float(total) == pytest.approx(plain[0], abs=1e-6)
+    seen.clear()
+    with pytest.raises(torch.OutOfMemoryError, match='a card that is full'): step.accumulate(cache, [[0, 1]])
+
+
+def test_a_recording_that_leaves_no_room_is_given_up(monkeypatch):
+    torch.manual_seed(0)
+    step = prepare(adapted(MODELS['llama']()), Options(longest=40, budget=90, grain=16, reserve=500))
+    trained = sum(p.numel() * p.element_size() for p in step.parameters)
+    monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: None)
+    monkeypatch.setattr(torch.cuda, 'memory_reserved', lambda: 10_000)
+    monkeypatch.setattr(fit, 'memory_limit', lambda margin, reserve: 10_000 + trained + 500 + more - reserve)
+    for more in (-1, 0): assert fast._crowded(step) == (more < 0)
 
 
 @pytest.mark.parametrize('limit, tried', [(2**40, ['layer', 'offload']), (1000, ['offload'])], ids=['the card is full', 'the inputs alone are too much'])

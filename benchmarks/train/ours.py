@@ -39,7 +39,8 @@ def main(path, method, kind, rows, gib, *options):
         data = Data(kind, 128000)
         steps, shape = packed_steps(data, rows)
         model = attach_lora(load_base(path, method, 'bfloat16', 'cuda'), make_config(method=method))
-        chosen = fast.Options(longest=LENGTH, budget=rows * LENGTH, fixed=shape, **{k: {'True': True, 'False': False}.get(v, v) for k, v in settings.items()})
+        states = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        chosen = fast.Options(longest=LENGTH, budget=rows * LENGTH, fixed=shape, reserve=states, **{k: {'True': True, 'False': False}.get(v, v) for k, v in settings.items()})
         measure(fast.prepare(model, chosen), data, steps, **about)
     except Exception as e:
         import traceback

@@ -157,15 +157,23 @@ def _hold(
     if fit.differs(fit.gradient_of(step.model, once), packed, step.dtype): step.paths['held'] = step.copies.hold(step.layers, 0)
 
 # %% ../../nbs/train/fast.ipynb #54c45200
+def _crowded(
+    step: Rows,         # whose largest pass is recorded
+) -> bool:
+    "Whether a recording, whose memory nothing else can use, leaves too little for the optimizer's states and for new copies of the adapters."
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved() + sum(p.numel() * p.element_size() for p in step.parameters) > fit.memory_limit(0., step.options.reserve)
+
 def _recorded(
     step: Rows,         # on a card
     batch: dict,        # its largest pass
     even: bool,         # whose rows are all of one length
 ):
-    "Record the largest pass; without recording if that fails, or computes something else."
+    "Record the largest pass; without recording if that fails, leaves too little memory, or computes something else."
     plain = fit.gradient_of(step.model, lambda: step.backward(batch, even))
     step.paths['graph'] = 'on'
-    try: why = fit.differs(fit.gradient_of(step.model, lambda: step.one_pass(batch, even), step.zero_grad), plain, step.dtype)
+    try: why = fit.differs(fit.gradient_of(step.model, lambda: step.one_pass(batch, even), step.zero_grad), plain, step.dtype) or 'the card is too full for it' * _crowded(step)
+    except torch.OutOfMemoryError: why = 'the card is too full for it'
     except RuntimeError as e: why = str(e).strip().splitlines()[0]
     if why:
         step.graphs, step.lane, step.paths['graph'] = {}, None, why

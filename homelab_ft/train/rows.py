@@ -137,7 +137,7 @@ def record(self: Rows,
     warm_ups: int = 2,  # passes before the recording
 ) -> StepGraph:
     "Record a pass; the gradients collected so far stay as they are."
-    kept, self.lane, batch = [p.grad.clone() for p in self.parameters], self.lane or Lane(), _sent(batch, self.device)
+    kept, self.lane, batch = [p.grad.cpu() for p in self.parameters], self.lane or Lane(), _sent(batch, self.device)
     try:
         with attention.prefer(self.paths['attention']):
             return StepGraph(lambda b: self.loss(b, even), batch, self.lane, self.copies and self.copies.collect, warm_ups)
@@ -188,15 +188,17 @@ def passes(self: Rows,
 
 # %% ../../nbs/train/rows.ipynb #f9004855
 @patch
-def retreat(self: Rows):
-    "Recompute every layer and record nothing from now on."
-    self.graphs.clear()
-    self.lane = None
-    self.paths['graph'] = 'off since the card was full'
+def retreat(self: Rows) -> bool:
+    "Give up recordings and merged matrices, the next time whatever layers keep; whether there was anything to give up."
+    merged = [m for m in self.copies.layers if m._held is not None] if self.copies else []
+    if not merged and not self.lane:
+        if set(self.paths['recompute']) <= {'layer', 'offload'}: return False
+        self.set_levels(['layer'] * len(self.layers))
+    for m in merged: m._held = None
+    self.graphs, self.lane, self.paths['graph'] = {}, None, 'off since the card was full'
     self.forget()
-    if self.copies: self.copies.hold(self.layers, 0)
-    self.set_levels(['layer'] * len(self.layers))
-    torch.cuda.empty_cache()
+    if self.device.type == 'cuda': torch.cuda.empty_cache()
+    return True
 
 # %% ../../nbs/train/rows.ipynb #22fa66bc
 @patch
@@ -206,13 +208,12 @@ def accumulate(self: Rows,
 ) -> tuple:             # (loss, learned tokens)
     "Add the gradient of the mean loss over all learned tokens to `.grad`; a card that is full against the plan costs speed, not the run."
     rows, total = [r for batch in micro_batches for r in batch], torch.zeros((), device=self.device)
-    if self.copies: self.copies.refresh()
     try:
+        if self.copies: self.copies.refresh()
         for batch, even in self.passes(cache, rows): total += self.one_pass(batch, even)
         return total, sum(self.learned[r] for r in rows)
-    except torch.OutOfMemoryError:
-        if set(self.paths['recompute']) <= {'layer', 'offload'}: raise
-    self.retreat()
+    except torch.OutOfMemoryError as e: full = str(e)
+    if not self.retreat(): raise torch.OutOfMemoryError(full)
     return self.accumulate(cache, micro_batches)
 
 # %% ../../nbs/train/rows.ipynb #6a70a2b3
