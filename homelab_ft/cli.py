@@ -6,7 +6,7 @@
 __all__ = ['EPILOG', 'add_settings', 'read_settings', 'make_parser', 'main']
 
 # %% ../nbs/cli.ipynb #0fe0a674
-import argparse, json, os, sys, tempfile, warnings
+import argparse, os, subprocess, sys, tempfile, warnings
 
 from . import __version__
 from .core import ConfigError, GiB, HomelabError, RunConfig, load_config, parse_override
@@ -83,8 +83,6 @@ def _this_card() -> tuple:   # as `_planned_card`
     return machine.gpu_name or machine.cpu_name, limit, machine.device, [machine, *([live] if live else [])]
 
 # %% ../nbs/cli.ipynb #c8ce6014
-_PLAIN_STEP = 'These figures are for padded rows and the plain step. On a card a run packs its rows and takes less: ask with --trace.'
-
 def _print_trace(
     config: RunConfig,   # the settings
     limit: int,          # memory of the card in bytes
@@ -96,35 +94,33 @@ def _print_trace(
     print(*about, found, sentence, sep='\n\n')
     return 0 if fits else 3
 
+# %% ../nbs/cli.ipynb #5fb8e964
+def _probe(
+    config: RunConfig,   # the settings
+) -> int:                # exit code
+    "Three steps on this machine's card, in a process of their own."
+    return subprocess.run([sys.executable, '-P', '-W', 'ignore', '-m', 'homelab_ft.train.probe'], input=config.model_dump_json(), text=True).returncode
+
 # %% ../nbs/cli.ipynb #d8fcc8ab
 def _cmd_plan(
     args,                # parsed arguments
 ) -> int:                # exit code
     "Predict memory, and with --pilot time, energy and cost; exit code 3 if it does not fit."
     from homelab_ft.plan.shape import model_shape
-    from homelab_ft.plan.vram import estimate_for, estimate_table, verdict
+    from homelab_ft.plan.answer import plan_json, plan_text
+    from homelab_ft.plan.vram import estimate_for
     config = read_settings(args)
     name, limit, device, about = _this_card() if args.gpu is None and args.gib is None else _planned_card(args)
     if config.device == 'auto': config.device = device
+    if args.probe: return _probe(config)
     if args.trace: return _print_trace(config, limit, about)
-    est = estimate_for(config, model_shape(config.model))
-    if args.json: print(_plan_json(config, name, limit, est))
-    else: print(*about, estimate_table(est), verdict(est, limit), _PLAIN_STEP, sep='\n\n')
+    est = estimate_for(config, model_shape(config.model), limit_bytes=limit)
+    if args.json: print(plan_json(config, name, limit, est))
+    else: print(*about, plan_text(est, limit), sep='\n\n')
     if args.pilot:
         from homelab_ft.journey import pilot
         print(f'\n{pilot(config)}')
     return 0 if est.fits(limit) else 3
-
-# %% ../nbs/cli.ipynb #6d3968e6
-def _plan_json(
-    config: RunConfig,   # the settings
-    name: str,           # of the card
-    limit: int,          # its memory in bytes
-    est,                 # the estimate
-) -> str:
-    "The plan for a program: bytes throughout."
-    return json.dumps(dict(model=config.model, method=config.method, max_length=config.max_length, batch_size=config.per_device_train_batch_size, card=name,
-                           limit_bytes=limit, fits=est.fits(limit), peak_bytes=est.peak, peak_phase=est.phase, parts=est.parts, phases=est.phases), indent=1)
 
 # %% ../nbs/cli.ipynb #03fa7e06
 def _cmd_data(
@@ -237,6 +233,7 @@ def _add_run_commands(
     card.add_argument('--gib', type=float, metavar='GIB', help='memory of a card that is not in this machine, in GiB')
     output.add_argument('--pilot', action='store_true', help='train a few steps on --data and project time, energy and cost')
     output.add_argument('--trace', action='store_true', help="rehearse two steps of the run's own training step, some ten seconds; no card is needed")
+    output.add_argument('--probe', action='store_true', help="take three steps on this machine's card with random weights, and compare")
     output.add_argument('--json', action='store_true', help='print the plan for a program, in bytes')
 
 # %% ../nbs/cli.ipynb #42229640

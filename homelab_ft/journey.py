@@ -84,16 +84,11 @@ def plan_run(
 ) -> tuple:                     # `(MemoryEstimate, Machine)`
     "Predict the peak memory and compare it with this machine; raises `HardwareError` if it cannot fit."
     machine = detect_machine()
-    dpo, asked = config.objective == 'dpo', config.gradient_checkpointing
-    if dpo: config = config.model_copy(update={'per_device_train_batch_size': 2 * config.per_device_train_batch_size})    # both answers go through together
-    length, share = _worst_batch(config, cache) if cache and not config.packing else (config.max_length, 1.0)
-    bounded = dict(max_length=length, device=machine.device if config.device == 'auto' else config.device)
-    auto = asked == 'auto' and bounded['device'] == 'cuda'
-    chooses = auto and not dpo and config.method != 'full'      # the plain steps do not: pairs recompute every layer then, whole models none
-    wishes = (False, True) if chooses else (asked is True or auto and dpo,)
-    for wish in wishes:
-        predicted = estimate_for(config.model_copy(update=bounded | {'gradient_checkpointing': wish}), model_shape(model_path(config.model)), share)
-        if predicted.fits(machine.total_bytes, margin=0): return predicted, machine
+    pairs = dict(per_device_train_batch_size=config.per_device_train_batch_size * (2 if config.objective == 'dpo' else 1))     # both answers go through together
+    length, share = _worst_batch(config.model_copy(update=pairs), cache) if cache and not config.packing else (config.max_length, 1.0)
+    bounded = config.model_copy(update=dict(max_length=length, device=machine.device if config.device == 'auto' else config.device))
+    predicted = estimate_for(bounded, model_shape(model_path(config.model)), share, machine.total_bytes, margin=0)
+    if predicted.fits(machine.total_bytes, margin=0): return predicted, machine
     raise HardwareError('this run does not fit', value=verdict(predicted, machine.total_bytes, margin=0),
                         next_step='set method=qlora, gradient_checkpointing=true, or a smaller per_device_train_batch_size or max_length')
 

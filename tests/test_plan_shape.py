@@ -10,7 +10,9 @@ from hypothesis import given, settings, strategies as st
 from homelab_ft.core import ModelError
 from homelab_ft.plan.models import COLUMNS, KNOWN, MIXTURES, known_config
 from homelab_ft.plan.shape import ARCHITECTURES, known_shapes, model_shape, what_quantizes
-from homelab_ft.plan.vram import adapter_params, estimate, layer_bytes, weight_bytes
+from homelab_ft.plan.plain import layer_bytes
+from homelab_ft.plan.vram import estimate
+from homelab_ft.plan.weights import adapter_params, weight_bytes
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'configs'
 FILES = sorted(CONFIGS.glob('*.json'))

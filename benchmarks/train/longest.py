@@ -32,7 +32,7 @@ class OneRow:
 
 
 def available():
-    "Bytes of host memory that are free or could be."
+    "Bytes of host memory that are free or could be. Not `host_memory`: a container's limit counts the pages of files that were read, as taken."
     lines = dict(line.split(':') for line in open('/proc/meminfo'))
     return int(lines['MemAvailable'].split()[0]) * 1024
 

@@ -65,6 +65,11 @@ def _int8_matmul(x, weight, out=None, state=None, threshold=0., bias=None):
     from bitsandbytes.autograd._functions import MatMul8bitLt
     return MatMul8bitLt.apply(x, weight, out, bias, state)
 
+# %% ../../nbs/train/rehearse.ipynb #396902e6
+def _autocast_here(function):
+    "`torch.is_autocast_enabled`, which means the processor where no device is named."
+    return lambda device='cpu': function(device)
+
 # %% ../../nbs/train/rehearse.ipynb #cfaa131a
 def as_if_on_card(
     witness: Witness,       # who watches
@@ -81,7 +86,9 @@ def as_if_on_card(
              patch.object(steps, 'read_losses', lambda job, leave: None),
              patch.object(shelf.Offloaded, '__init__', _in_host_memory(witness, shelf.Offloaded.__init__)),
              patch.object(bitsandbytes, 'matmul', _int8_matmul)]
-    return found + ([] if card == 'cpu' else [patch.object(attention, '_flash_takes', lambda q, v: q.dtype != torch.float32)])
+    if card == 'cpu': return found
+    return found + [patch.object(attention, '_flash_takes', lambda q, v: q.dtype != torch.float32),
+                    patch.object(torch, 'is_autocast_enabled', _autocast_here(torch.is_autocast_enabled))]
 
 # %% ../../nbs/train/rehearse.ipynb #ee9d3397
 def _mark_phases(witness, model):

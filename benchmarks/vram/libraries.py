@@ -1,0 +1,52 @@
+"""Constants of homelab_ft/plan/process.yaml from the rows of measured.json that are not held back: python libraries.py. Prints them, and what is left over."""
+import json
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from homelab_ft.core import make_config
+from homelab_ft.plan.plain import loss_bytes
+from homelab_ft.plan.shape import model_shape
+from predict import merged
+from traces import fast, key, trained
+
+HERE = Path(__file__).resolve().parent
+NAMES = ('recorded', 'recorded_compiled', 'recorded_keep', 'recorded_again')
+
+
+def layers(row):
+    "1, and how many layers are compiled, uncompiled with everything kept, uncompiled and computed again."
+    levels, compiled = row['paths']['recompute'], row['paths']['compile'] == 'on'
+    keep, n = levels.get('keep', 0), sum(levels.values())
+    return [1, n * compiled, keep * (not compiled), (n - keep) * (not compiled)]
+
+
+def gap(row, found):
+    "Reserved bytes beyond those allocated, states and merged matrices included, less what the rule names: as `outside.usual_gaps`."
+    config = make_config(**row['settings'])
+    more = row['reserved'] - merged(row, found) - found['allocated']
+    if fast(row): return more - 64 * 2**20 - 4 * trained(config)
+    return more / loss_bytes(model_shape(config.model), config.max_length * config.per_device_train_batch_size)[1]
+
+
+def main():
+    told = json.loads((HERE / 'measured.json').read_text())
+    beside = lambda r: r['process'] - told['context'] - r['reserved']
+    rows = [r for r in told['rows'] if not r['held_back']]
+    plain, recorded = [beside(r) for r in rows if not fast(r)], [r for r in rows if fast(r)]
+    print('context:', told['context'])
+    print('plain:', round(np.mean(plain)), [n - round(np.mean(plain)) for n in plain])
+    x, y = np.array([layers(r) for r in recorded], float), np.array([beside(r) for r in recorded])
+    found = np.linalg.lstsq(x, y, rcond=None)[0]
+    for name, n in zip(NAMES, found): print(f'{name}:', round(n))
+    traced = json.loads((HERE / 'traces.json').read_text())
+    gaps = lambda rows: median(gap(r, traced[key(r)]) for r in rows)
+    compiled = [r for r in recorded if r['paths']['compile'] == 'on']
+    print('gaps_compiled:', round(gaps(compiled)))
+    print('gaps_eager:', round(gaps([r for r in recorded if r not in compiled])))
+    print('gaps_plain_share:', round(gaps([r for r in rows if not fast(r)]), 3))
+    print('left over, MiB:', *(f'{n / 2**20:.0f}' for n in y - x @ found))
+
+
+if __name__ == '__main__': main()

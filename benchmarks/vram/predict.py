@@ -1,0 +1,85 @@
+"""Every measured row beside its prediction, ours and the peers': python predict.py, after traces.py and peers.py. Writes predicted.json and prints the errors of both halves.
+
+What is compared: where rows lie end to end, the peak of the largest pass when the step was fitted, with gradients and without states, since later peaks are within recorded
+passes, which PyTorch does not count as allocated; where they are padded, the peak of three steps. Reserved and process bytes are those of the steps, recordings included.
+"""
+import json
+from pathlib import Path
+from statistics import median
+
+from homelab_ft.core import GiB, make_config
+from homelab_ft.files import Table, now, write_json
+from homelab_ft.plan.process import held_layers, merged_bytes
+from homelab_ft.plan.shape import model_shape
+
+from traces import fast, key, trained
+
+HERE = Path(__file__).resolve().parent
+CARD = 139.8 * GiB      # what the measured card has
+KINDS = ('allocated', 'reserved', 'process')
+WHO = dict(ours=KINDS, sum=('allocated', 'process'), accelerate=('allocated', 'process'), fitcheck=('allocated', 'process'))
+
+
+def room(row, config):
+    "Bytes that tensors may take, as the step reckons it: four percent left free, and the optimizer's states."
+    return int(0.96 * (row['limit_gib'] * GiB or CARD)) - (2 if '8bit' in config.optim else 8) * trained(config)
+
+
+def merged(row, found):
+    "Bytes of merged matrices that the step will hold."
+    config = make_config(**row['settings'])
+    if config.method != 'qlora' or not fast(row) or set(row['paths']['recompute']) != {'keep'}: return 0
+    shape = model_shape(config.model)
+    each = merged_bytes(shape, config.target_modules)
+    return each * held_layers(room(row, config), found['first_pass'], each, shape.num_hidden_layers)
+
+
+def measured(row):
+    "The three figures."
+    return dict(allocated=row['paths']['peak_bytes'] if fast(row) else row['allocated'], reserved=row['reserved'], process=row['process'])
+
+
+def ours(row, found):
+    "The three figures."
+    more = merged(row, found)
+    return dict(allocated=found['first_pass'] if fast(row) else found['allocated'], reserved=found['reserved'] + more, process=found['process'] + more)
+
+
+def theirs(told):
+    "The two figures of each peer; who says one only, says it of both."
+    pair = lambda v: dict(zip(('allocated', 'process'), v if isinstance(v, list) else (v, v)))
+    return {who: pair(told[who]) for who in ('sum', 'accelerate', 'fitcheck') if not isinstance(told[who], str)}
+
+
+def predicted():
+    "One entry per row."
+    read = lambda name: json.loads((HERE / name).read_text())
+    found, peers = read('traces.json'), {r['case']: r for r in read('peers.json')['rows']}
+    return [dict(case=r['case'], held_back=r['held_back'], settings=r['settings'], limit_gib=r['limit_gib'], padded=not fast(r), recompute=r['paths']['recompute'],
+                 measured=measured(r), predicted=dict(ours=ours(r, found[key(r)]), **theirs(peers[r['case']]))) for r in read('measured.json')['rows']]
+
+
+def errors(rows, who, kind):
+    "Predicted over measured, less 1."
+    return [r['predicted'][who][kind] / r['measured'][kind] - 1 for r in rows if kind in r['predicted'].get(who, {})]
+
+
+def error_table(rows):
+    "Median and worst error, and the most that anything was under, of both halves."
+    lines = []
+    for who, kinds in WHO.items():
+        for kind in kinds:
+            for half in (False, True):
+                e = errors([r for r in rows if r['held_back'] == half], who, kind)
+                worst = f'{max(e, key=abs):+.2%}'
+                lines.append([who, kind, 'held back' if half else 'others', len(e), f'{median(map(abs, e)):.3%}', worst, f'{min(0, *e):.2%}'])
+    return Table(['who', 'what', 'rows', 'number', 'median error', 'worst', 'most under'], lines)
+
+
+def main():
+    rows = predicted()
+    write_json(HERE / 'predicted.json', dict(date=now()[:10], what='bytes', versions=json.loads((HERE / 'peers.json').read_text())['versions'], rows=rows))
+    print(error_table(rows))
+
+
+if __name__ == '__main__': main()
