@@ -61,27 +61,6 @@ def _cmd_run(
     from homelab_ft.journey import resume_journey, run_journey
     _print_end(resume_journey(open_run(args.resume, args.runs_dir or 'runs')) if args.resume else run_journey(read_settings(args)))
 
-# %% ../nbs/cli.ipynb #b963d4d9
-def _planned_card(
-    args,                # parsed arguments
-) -> tuple:              # (what it is, bytes that a run may take, device, what to print)
-    "The card that --gpu or --gib names; `ConfigError` for one that cannot be."
-    from homelab_ft.plan.cards import find_card, limit_bytes
-    if args.gpu is not None:
-        card = find_card(args.gpu)
-        return card.id, limit_bytes(card), 'auto', [card]
-    if not args.gib > 0: raise ConfigError('--gib is no amount of memory', value=args.gib, allowed='more than 0', next_step='for example --gib 12')
-    return f'{args.gib:g} GiB', round(args.gib * GiB), 'auto', []
-
-# %% ../nbs/cli.ipynb #7e367240
-def _this_card() -> tuple:   # as `_planned_card`
-    "The card in this machine, or the memory of one without: what programs can get of it, and what it is doing now."
-    from homelab_ft.plan.hardware import detect_machine
-    from homelab_ft.plan.live import live_card
-    machine, live = detect_machine(), live_card()
-    limit = live and live.usable_bytes or machine.total_bytes
-    return machine.gpu_name or machine.cpu_name, limit, machine.device, [machine, *([live] if live else [])]
-
 # %% ../nbs/cli.ipynb #c8ce6014
 def _print_trace(
     config: RunConfig,   # the settings
@@ -93,6 +72,19 @@ def _print_trace(
     found, fits, sentence = fit_trace(config, limit, card='cpu' if config.device == 'cpu' else 'hopper')
     print(*about, found, sentence, sep='\n\n')
     return 0 if fits else 3
+
+# %% ../nbs/cli.ipynb #003f9a15
+def _print_fit(
+    config: RunConfig,   # the settings; those that were given are kept, but for how the batch is divided
+    where,               # the card, or bytes
+) -> int:                # exit code
+    "What fits: settings, ranked."
+    from homelab_ft.plan.fit import OF_ESTIMATE, choices_table, fit
+    from homelab_ft.plan.shape import model_shape
+    wishes = {k: getattr(config, k) for k in ('packing', *OF_ESTIMATE) if k in config.model_fields_set}
+    choices = fit(where, model_shape(config.model), config.max_length, config.per_device_train_batch_size * config.gradient_accumulation_steps, **wishes)
+    print(choices_table(choices) if choices else 'Nothing fits: take a smaller model, or fewer wishes.')
+    return 0 if choices else 3
 
 # %% ../nbs/cli.ipynb #5fb8e964
 def _probe(
@@ -107,13 +99,14 @@ def _cmd_plan(
 ) -> int:                # exit code
     "Predict memory, and with --pilot time, energy and cost; exit code 3 if it does not fit."
     from homelab_ft.plan.shape import model_shape
-    from homelab_ft.plan.answer import plan_json, plan_text
+    from homelab_ft.plan.answer import plan_json, plan_text, planned_card
     from homelab_ft.plan.vram import estimate_for
     config = read_settings(args)
-    name, limit, device, about = _this_card() if args.gpu is None and args.gib is None else _planned_card(args)
+    name, limit, device, about, card = planned_card(args.gpu, args.gib)
     if config.device == 'auto': config.device = device
     if args.probe: return _probe(config)
     if args.trace: return _print_trace(config, limit, about)
+    if args.fit: return _print_fit(config, card or limit)
     est = estimate_for(config, model_shape(config.model), limit_bytes=limit)
     if args.json: print(plan_json(config, name, limit, est))
     else: print(*about, plan_text(est, limit), sep='\n\n')
@@ -233,6 +226,7 @@ def _add_run_commands(
     card.add_argument('--gib', type=float, metavar='GIB', help='memory of a card that is not in this machine, in GiB')
     output.add_argument('--pilot', action='store_true', help='train a few steps on --data and project time, energy and cost')
     output.add_argument('--trace', action='store_true', help="rehearse two steps of the run's own training step, some ten seconds; no card is needed")
+    output.add_argument('--fit', action='store_true', help='which settings fit, how fast they are and what they give up; given settings are kept')
     output.add_argument('--probe', action='store_true', help="take three steps on this machine's card with random weights, and compare")
     output.add_argument('--json', action='store_true', help='print the plan for a program, in bytes')
 

@@ -183,3 +183,19 @@ def test_plan_on_a_card_shows_what_it_does_now(monkeypatch, capsys):
     main(['plan', '--json'])
     answer = json.loads(capsys.readouterr().out)
     assert answer['card'] == 'Card' and answer['limit_bytes'] == 15942 * 2**20
+
+
+def test_plan_names_settings_that_fit(here, capsys):
+    asked = ['plan', '--fit', '--gpu', '4090', '--model', 'Llama-3.1-8B', '--set', 'max_length=2048', '--set', 'optim=adamw_8bit']
+    assert main([*asked, '--set', 'method=qlora']) == 0
+    out = capsys.readouterr().out
+    assert 'qlora' in out and 'adamw_8bit' in out and 'adamw_torch' not in out and not any(line.startswith('lora') for line in out.splitlines())
+    assert main([*asked[:2], '--gib', '3', *asked[4:]]) == 3 and 'Nothing fits' in capsys.readouterr().out
+    assert main([*asked, '--set', 'target_modules=q_porj']) == 2 and 'q_proj' in capsys.readouterr().err
+
+
+def test_a_probe_needs_a_card(here, capfd):
+    torch = pytest.importorskip('torch')
+    if torch.cuda.is_available(): pytest.skip('there is a card')
+    assert main(['plan', '--probe', '--model', 'SmolLM2-135M']) == 2
+    assert 'no card to probe' in capfd.readouterr().err
