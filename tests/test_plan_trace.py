@@ -199,11 +199,6 @@ def test_replacements_are_undone():
 # ---------------------------------------------------------------- the process
 
 
-def test_levels_are_those_of_the_training_step():
-    from homelab_ft.train import recompute
-    assert set(traces.LEVELS) == set(recompute.LEVELS)
-
-
 def test_planning_imports_no_torch():
     code = 'import sys, homelab_ft.plan.trace, homelab_ft.plan.allocator; sys.exit("torch" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0

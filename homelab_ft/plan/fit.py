@@ -86,7 +86,9 @@ class _Asked:
     batch: dict              # wishes about the batch
     wishes: dict             # arguments of `estimate`
 
-    def seen(self, length): return np.minimum(self.lengths, length)
+    def seen(self, length):
+        "Tokens of all rows, none longer than this."
+        return np.minimum(self.lengths, length)
 
 # %% ../../nbs/plan/fit.ipynb #4b13df23
 def _divisions(

@@ -34,7 +34,7 @@ class Scene:
     chunk: int = 0              # positions of the loss at a time; 0: as the step chooses
     gradients: bool = True      # every pass finds gradients, as all but the first of a step do
     even: bool = True           # all rows are of one length; False: one is a token shorter
-    card: str = 'hopper'        # a key of `witness.CUBLAS`
+    card: str = 'hopper'        # a key of `weights.WORKSPACE_BYTES`
     host_bytes: int = 0         # host memory for results of attention
     table_away: bool = False    # the embedding table is in host memory
 

@@ -154,7 +154,9 @@ def planner_widget(
     controls = {name: _control(name, value) for name, value in asdict(state or default_state()).items()}
     view = W.HTML()
 
-    def redraw(change=None): view.value = planner_html(PlannerState(**{name: c.value for name, c in controls.items()}))
+    def redraw(change=None):
+        "The picture for what the controls say now."
+        view.value = planner_html(PlannerState(**{name: c.value for name, c in controls.items()}))
 
     for control in controls.values(): control.observe(redraw, 'value')
     redraw()
