@@ -59,7 +59,8 @@ def _cmd_run(
 ):
     "The whole journey on the person's own data and model."
     from homelab_ft.journey import resume_journey, run_journey
-    _print_end(resume_journey(open_run(args.resume, args.runs_dir or 'runs')) if args.resume else run_journey(read_settings(args)))
+    from homelab_ft.plan.fit import settle
+    _print_end(resume_journey(open_run(args.resume, args.runs_dir or 'runs')) if args.resume else run_journey(read_settings(args), settle=settle))
 
 # %% ../nbs/cli.ipynb #c8ce6014
 def _print_trace(
@@ -100,13 +101,16 @@ def _cmd_plan(
     "Predict memory, and with --pilot time, energy and cost; exit code 3 if it does not fit."
     from homelab_ft.plan.shape import model_shape
     from homelab_ft.plan.answer import plan_json, plan_text, planned_card
+    from homelab_ft.plan.fit import settle
     from homelab_ft.plan.vram import estimate_for
     config = read_settings(args)
     name, limit, device, about, card = planned_card(args.gpu, args.gib)
     if config.device == 'auto': config.device = device
+    if args.fit: return _print_fit(config, card or limit)
+    config, choice = settle(config, None, limit)
+    if choice: about.append(f'Chosen, as a run would: {choice}')
     if args.probe: return _probe(config)
     if args.trace: return _print_trace(config, limit, about)
-    if args.fit: return _print_fit(config, card or limit)
     est = estimate_for(config, model_shape(config.model), limit_bytes=limit)
     if args.json: print(plan_json(config, name, limit, est))
     else: print(*about, plan_text(est, limit), sep='\n\n')
@@ -133,7 +137,8 @@ def _cmd_train(
 ):
     "Prepare and train, or continue; no evaluation."
     from homelab_ft.journey import new_run, train_here
-    run = open_run(args.resume, args.runs_dir or 'runs') if args.resume else new_run(read_settings(args))
+    from homelab_ft.plan.fit import settle
+    run = open_run(args.resume, args.runs_dir or 'runs') if args.resume else new_run(read_settings(args), settle=settle)
     print(train_here(run, resume=bool(args.resume)))
     print(f'result  {run.adapter_path}\nnext    homelab-ft run --resume {run.path}')
 

@@ -106,6 +106,7 @@ def _learned(
 def new_run(
     config: RunConfig,   # the settings of a new run
     say=print,           # receives a line or a table at a time
+    settle=None,         # chooses what nobody set: (settings, tokens of every row) -> (settings, why); None: they stay
 ) -> RunFolder:          # with its data prepared, ready to train
     "Check everything, prepare the data and make the run folder around it; a mistake leaves neither."
     check_inputs(config)
@@ -115,15 +116,18 @@ def new_run(
     runs_dir.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix='.data-', dir=runs_dir))
     try:
-        prepared = prepare(config, tok, staging)
+        prepared, why = prepare(config, tok, staging), None
+        if settle: config, why = settle(config, _learned(prepared, config).lengths)
+        check_machine(config, resolve_device(config))       # of the method that was chosen
         predicted, _ = plan_run(config, _learned(prepared, config))
         run = create_run(config)
         os.rename(staging, run.data_path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if is_new and not any(runs_dir.iterdir()): runs_dir.rmdir()
-    update_manifest(run, predicted_peak_bytes=predicted.peak, data=prepared.fingerprint)
+    update_manifest(run, predicted_peak_bytes=predicted.peak, data=prepared.fingerprint, **dict(chosen=str(why)) if why else {})
     for table in prepared.report[:3]: say(f'\n{table}')
+    if why: say(f'\nplan      {why}')
     return run
 
 # %% ../nbs/journey.ipynb #ec9cbe21
@@ -191,10 +195,11 @@ def train_here(
 def run_journey(
     config: RunConfig,   # the settings of a new run
     say=print,           # receives a line per stage
+    settle=None,         # chooses what nobody set, as for `new_run`
 ) -> RunFolder:          # the finished run
     "The whole journey on a new run. Bad input raises a `HomelabError` before training."
     say(f'data      {config.data}')
-    run = new_run(config, say)
+    run = new_run(config, say, settle)
     say(f'train     {run.path}')
     train_here(run)
     finish(run, say)

@@ -144,12 +144,22 @@ def nobodys_cards(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize('card, code', [(['--gpu', 'RTX 4090'], 0), (['--gpu', 'nvidia h200'], 0), (['--gpu', 't4'], 3), (['--gib', '24'], 0), (['--gib', '4'], 3)])
 def test_plan_tells_by_its_exit_code_whether_it_fits(nobodys_cards, capsys, card, code):
-    plan = ['plan', '--model', 'Llama-3.1-8B', '--set', 'max_length=256', '--set', 'per_device_train_batch_size=1', *card]   # 15 GiB of weights
+    plan = ['plan', '--model', 'Llama-3.1-8B', '--set', 'max_length=256', '--set', 'method=lora', *card]   # 15 GiB of weights
     assert main(plan) == code
     assert ('Fits' in capsys.readouterr().out) == (code == 0)
     assert main([*plan, '--json']) == code
     answer = json.loads(capsys.readouterr().out)
     assert answer['fits'] == (code == 0) and answer['peak_bytes'] == sum(answer['parts'].values()) and answer['peak_phase'] in answer['phases']
+
+
+def test_plan_chooses_what_nobody_set(nobodys_cards, capsys):
+    plan = ['plan', '--model', 'Llama-3.1-8B', '--set', 'max_length=2048', '--json', '--gib']
+    chosen = lambda *more: (main([*plan, *more]), json.loads(capsys.readouterr().out))
+    assert [(code, found['method']) for code, found in (chosen('24'), chosen('12'))] == [(0, 'lora'), (0, 'qlora')]
+    code, found = chosen('12', '--set', 'method=lora', '--set', 'per_device_train_batch_size=3')
+    assert (code, found['method'], found['batch_size'], found['gradient_accumulation_steps']) == (3, 'lora', 3, 1)
+    main([*plan[:-2], '--gib', '24'])
+    assert 'Chosen, as a run would: lora' in capsys.readouterr().out
 
 
 def test_plan_takes_what_a_program_gets(nobodys_cards, capsys):

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from homelab_ft.journey import quickstart_config, resume_journey, run_journey
+from homelab_ft.core import HomelabError
+from homelab_ft.journey import new_run, quickstart_config, resume_journey, run_journey
 from homelab_ft.train.watch import RunFolder, events, history, status
 
 SMALL = dict(max_rows=160, max_steps=14, per_device_train_batch_size=4, save_steps=5, eval_steps=7, eval_max_rows=8, generate_max_rows=2, n_bootstrap=100)
@@ -110,3 +111,26 @@ def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(whole, tmp_path):
     assert status(run).state == 'stopped' and len(losses(run)) < 14
     resume_journey(run, say=lambda line: None)
     assert losses(run) == losses(whole)
+
+
+def test_what_nobody_set_is_chosen_once_the_rows_are_known(tmp_path):
+    seen, said = [], []
+
+    def choose(config, lengths):
+        "Note what is asked, and change the batch."
+        seen.append(list(lengths))
+        return config.model_copy(update=dict(per_device_train_batch_size=3)), 'three rows'
+
+    config = quickstart_config(tmp_path, **SMALL, run_name='chosen', runs_dir=str(tmp_path / 'runs'))
+    run = new_run(config, lambda line: said.append(str(line)), choose)
+    assert run.config().per_device_train_batch_size == 3 and json.loads(run.manifest_path.read_text())['chosen'] == 'three rows'
+    assert any('three rows' in line for line in said) and len(seen) == 1 and max(seen[0]) <= config.max_length
+    kept = new_run(config.model_copy(update=dict(run_name='kept')), lambda line: None)
+    assert kept.config().per_device_train_batch_size == 4 and 'chosen' not in json.loads(kept.manifest_path.read_text())
+
+
+def test_what_was_chosen_is_checked_too(tmp_path):
+    config = quickstart_config(tmp_path, **SMALL, run_name='refused', runs_dir=str(tmp_path / 'runs'))
+    paged = lambda config, lengths: (config.model_copy(update=dict(optim='paged_adamw_8bit', device='cpu')), 'paged')
+    with pytest.raises(HomelabError, match='paged_adamw_8bit'): new_run(config, lambda line: None, paged)
+    assert not (tmp_path / 'runs').exists()

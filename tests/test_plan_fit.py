@@ -8,11 +8,11 @@ from hypothesis import given, settings, strategies as st
 from homelab_ft.core import ConfigError, GiB, HomelabError, ModelError, make_config
 from homelab_ft.plan.cards import find_card, limit_bytes, read_cards
 from homelab_ft.plan.explain import explain, remedies
-from homelab_ft.plan.fit import Choice, choices_table, fit
+from homelab_ft.plan.fit import OPEN, Choice, choices_table, fit, settle
 from homelab_ft.plan.reach import _frontier, largest, length_batch_map, plot_map
 from homelab_ft.plan.shape import known_shapes, model_shape
 from homelab_ft.plan.speed import COUNTED, MEASURED, hours, operations_per_token, pairs_per_token, pass_seconds, tokens_per_second, why_no_speed
-from homelab_ft.plan.vram import METHODS, estimate, fitted
+from homelab_ft.plan.vram import METHODS, estimate, estimate_for, fitted
 
 SHAPES = {name: known_shapes()[name] for name in ('SmolLM2-135M', 'Llama-3.2-1B', 'Qwen2.5-7B', 'Llama-3.1-8B', 'Phi-4')}
 shapes, gibs = st.sampled_from(sorted(SHAPES)), st.floats(2, 140)
@@ -224,3 +224,48 @@ def test_nothing_of_this_loads_torch():
 def test_the_table_has_a_row_per_choice():
     found = fit('rtx-4090', SHAPES['Llama-3.1-8B'], [300, 2000])
     assert len(choices_table(found).rows) == len(found) and 'not known' in str(choices_table(found))
+
+
+# ---------------------------------------------------------------- what a run takes from it
+
+@few
+@given(shapes, gibs, rows, st.fixed_dictionaries({}, optional=dict(
+    method=st.sampled_from(METHODS), optim=st.sampled_from(['adamw_torch', 'adamw_8bit']), packing=st.booleans(),
+    per_device_train_batch_size=st.integers(1, 6), gradient_accumulation_steps=st.integers(1, 4), gradient_checkpointing=st.sampled_from(['auto', True, False]))))
+def test_a_run_keeps_what_was_set_and_fits_the_rest(name, gib, lengths, given):
+    config = make_config(model=name, max_length=2048, **given)
+    settled, choice = settle(config, lengths, gib * GiB)
+    assert all(getattr(settled, k) == v for k, v in given.items())
+    assert {k for k, v in settled.model_dump().items() if v != getattr(config, k)} <= {*OPEN} | ({'max_length'} if settled.packing else set())
+    if choice is None: return
+    assert choice.memory.fits(gib * GiB) and not choice.shortened and choice.method != 'full' or given.get('method') == 'full'
+    assert (settled.method, settled.optim, settled.packing) == (choice.method, choice.optim, choice.packing)
+    bounded = settled.model_copy(update=dict(max_length=max(lengths), device='cuda'))
+    assert estimate_for(bounded, SHAPES[name], limit_bytes=gib * GiB).fits(gib * GiB)
+
+
+def test_nothing_fits_and_the_least_is_left():
+    config = make_config(model='Llama-3.1-8B', max_length=2048)
+    settled, choice = settle(config, [2048], 3 * GiB)
+    assert choice is None and (settled.method, settled.per_device_train_batch_size, settled.gradient_accumulation_steps) == ('qlora', 1, 8)
+    kept, choice = settle(make_config(model='Llama-3.1-8B', max_length=2048, method='lora', per_device_train_batch_size=4), [2048], 3 * GiB)
+    assert choice is None and (kept.method, kept.per_device_train_batch_size, kept.gradient_accumulation_steps) == ('lora', 4, 1)
+
+
+def test_pairs_and_processors_keep_their_settings():
+    for other in (dict(objective='dpo'), dict(device='cpu')):
+        config = make_config(model='Llama-3.1-8B', **other)
+        assert settle(config, [2048], 24 * GiB) == (config, None)
+
+
+def test_a_card_of_this_machine_is_used(monkeypatch):
+    from homelab_ft.plan import fit as page
+    from types import SimpleNamespace
+    config = make_config(model='Llama-3.1-8B', max_length=2048)
+    monkeypatch.setattr(page, 'detect_machine', lambda: SimpleNamespace(device='cpu', total_bytes=64 * GiB))
+    monkeypatch.setattr(page, 'live_card', lambda: None)
+    assert settle(config, [2048]) == (config, None)
+    monkeypatch.setattr(page, 'detect_machine', lambda: SimpleNamespace(device='cuda', total_bytes=24 * GiB))
+    assert settle(config, [2048]) == settle(config, [2048], 24 * GiB)
+    monkeypatch.setattr(page, 'live_card', lambda: SimpleNamespace(usable_bytes=12 * GiB))       # somebody else has the rest
+    assert settle(config, [2048]) == settle(config, [2048], 12 * GiB)
