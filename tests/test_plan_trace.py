@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from homelab_ft.core import ConfigError, ModelError, RunError, embedded_model, make_config
 from homelab_ft.plan import trace as traces
 from homelab_ft.plan.allocator import replay
-from homelab_ft.plan.ledger import PARTS, peaks
+from homelab_ft.plan.ledger import PARTS, Ledger, peaks
 from homelab_ft.plan.trace import all_peaks, stand_ins, trace
 from homelab_ft.train import steps
 from homelab_ft.train.hollow import fill, hollow_model, model_config
@@ -247,6 +247,18 @@ def test_a_rehearsal_that_breaks_off_is_an_error_with_its_last_words(monkeypatch
 
 
 def test_errors_of_the_process_arrive_as_they_were():
-    said = answer(dict(config=dict(method='full', packing=True), scenes=[dict(raw=TINY, levels=['keep'] * 5)]))
+    scene = dict(raw=TINY, levels=['keep'] * 5)
+    said = answer(dict(config=dict(method='full', packing=True), scenes=[scene, scene]))
     assert said['error']['kind'] == 'ConfigError' and 'end to end' in said['error']['what']
-    assert answer(dict(config=dict(lora_r=0), scenes=[]))['error']['kind'] == 'ConfigError'
+    assert answer(dict(config=dict(lora_r=0), scenes=[scene]))['error']['kind'] == 'ConfigError'
+
+
+def test_rehearsals_side_by_side_say_what_they_say_one_by_one():
+    request = dict(config=dict(max_length=64, per_device_train_batch_size=2), scenes=[dict(raw=TINY, levels=['keep'] * n) for n in (1, 2, 3)])
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'homelab_ft.train.rehearse'], input=json.dumps(request), capture_output=True, text=True)
+    apart, together = json.loads(done.stdout.splitlines()[-1])['found'], json.loads(json.dumps(answer(request)))['found']
+    for a, b in zip(apart, together, strict=True):
+        born = lambda said: [n for n, _ in said['book']['events'] if n > 0]
+        assert a['paths'] == b['paths'] and (len(a['book']['events']), sum(born(a))) == pytest.approx((len(b['book']['events']), sum(born(b))), rel=1e-3)
+        at, there = (traces.all_peaks([Ledger(s['book']['events'], s['book']['marks'], {int(k): v for k, v in s['book']['kinds'].items()})], dict(keep=1)) for s in (a, b))
+        assert at.keys() == there.keys() and all(abs(sum(at[k].values()) - sum(there[k].values())) <= 1024 for k in at)     # a number may live a little longer

@@ -71,9 +71,10 @@ class Choice:
 
     @property
     def settings(self) -> dict:
-        "For `make_config`. Levels are not among them: a run finds its own on the card."
+        "For `make_config`. Levels are not among them where a run finds its own on the card: it does so for all but padded rows."
         names = ('method', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'packing', 'max_length', 'optim')
-        return {name: getattr(self, name) for name in names} | (dict(overlong_rows='truncate') if self.shortened else {})
+        again = dict(gradient_checkpointing=True) if self.memory.step != 'fast' and 'layer' in self.levels else {}
+        return {name: getattr(self, name) for name in names} | again | (dict(overlong_rows='truncate') if self.shortened else {})
 
     def __str__(self):
         rows = f'{self.per_device_train_batch_size} × {self.gradient_accumulation_steps} {"packed rows" if self.packing else "rows"} of up to {self.max_length} tokens'
@@ -238,27 +239,26 @@ def choices_table(
             for c in choices]
     return Table(['method', 'rows × passes', 'length', 'packed', 'layers', 'optimizer', 'peak', 'tokens/s', 'training', 'gives up'], rows)
 
-# %% ../../nbs/plan/fit.ipynb #475f1a81
-OPEN = ('method', 'optim', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'packing')     # settings that a plan may choose
-_BATCH = OPEN[2:4]
+# %% ../../nbs/plan/fit.ipynb #0e659304
+OPEN = ('method', 'optim', 'gradient_checkpointing', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'packing')     # settings that a plan may choose
+_BATCH = OPEN[3:5]
 
 def _given(
     config: RunConfig,   # settings of a run
 ) -> dict:               # name -> value
     "Of `OPEN`, what somebody set; a batch is set with either of its factors."
-    names = {name for name in OPEN if name in config.model_fields_set}
-    if names & {*_BATCH}: names |= {*OPEN[2:]}
+    names = {name for name in OPEN if name in config.model_fields_set and getattr(config, name) != 'auto'}
+    if names & {*_BATCH}: names |= {*OPEN[3:]}
     return {name: getattr(config, name) for name in OPEN if name in names}
 
-# %% ../../nbs/plan/fit.ipynb #a47e46cf
+# %% ../../nbs/plan/fit.ipynb #bdc78065
 def _asked_of(
     config: RunConfig,   # settings of a run
     given: dict,         # those that are kept
     longest: int,        # tokens of the longest row
 ) -> dict:
     "Wishes for `fit` from a run's settings."
-    wishes = {k: v for k, v in _wishes(config, 1.0).items() if k in OF_ESTIMATE and (k in given or k not in OPEN)}
-    if config.gradient_checkpointing != 'auto': wishes['gradient_checkpointing'] = config.gradient_checkpointing
+    wishes = {k: v for k, v in _wishes(config, 1.0).items() if k in OF_ESTIMATE and k not in OPEN}
     return wishes | given | dict(max_length=longest)
 
 # %% ../../nbs/plan/fit.ipynb #01c2a1a6

@@ -7,13 +7,14 @@ __all__ = ['ARGUMENTS', 'LARGEST', 'largest', 'length_batch_map', 'plot_map']
 
 # %% ../../nbs/plan/reach.ipynb #e5aebcc2
 from bisect import bisect_left
+from functools import partial
 
 import numpy as np
 
 from ..core import ConfigError, GiB, near_matches
 from .shape import known_shapes, model_shape
 from .speed import _check_numbers, _check_wishes
-from .vram import fitted
+from .vram import _check_sizes, estimate, fitted
 
 # %% ../../nbs/plan/reach.ipynb #f943e8f1
 ARGUMENTS = ('method', 'lora_r', 'target_modules', 'batch_size', 'length', 'optim', 'dtype', 'double_quant', 'label_share', 'gradient_accumulation_steps',
@@ -71,16 +72,31 @@ def _largest_model(
 
 # %% ../../nbs/plan/reach.ipynb #41bb0111
 def length_batch_map(
-    limit: float,            # bytes of the card
-    shape,                   # the model, a `ModelShape`
-    lengths,                 # tokens per row, in order
-    batches,                 # rows of a pass, in order
-    margin: float = 0.05,    # share of the memory to leave free
-    **wishes,                # other arguments of `estimate`, of `ARGUMENTS`
-) -> np.ndarray:             # bytes at the peak, a row per length, a column per batch
-    "Peaks with levels fitted."
+    limit: float,                          # bytes of the card
+    shape,                                 # the model, a `ModelShape`
+    lengths,                               # tokens per row, in order
+    batches,                               # rows of a pass, in order
+    margin: float = 0.05,                  # share of the memory to leave free
+    gradient_checkpointing: bool = None,   # for all layers, as in `estimate`; None: levels fitted
+    **wishes,                              # other arguments of `estimate`, of `ARGUMENTS`
+) -> np.ndarray:                           # bytes at the peak, a row per length, a column per batch
+    "Peaks of all pairs."
     _check(limit, margin, wishes, 'length', 'batch_size')
-    return np.array([[fitted(shape, limit, margin, **wishes | dict(length=int(n), batch_size=int(b))).peak for b in batches] for n in lengths])
+    for n in lengths: _check_sizes(shape, n, wishes.get('label_share', 1))
+    plan = partial(fitted, shape, limit, margin) if gradient_checkpointing is None else partial(estimate, shape, gradient_checkpointing=gradient_checkpointing)
+    return np.array(_peaks(plan, lengths, batches, wishes))
+
+# %% ../../nbs/plan/reach.ipynb #903c8d3b
+def _peaks(plan, lengths, batches, wishes) -> list:
+    "A list per length; in the fast step only tokens of a pass count, and each number of them once."
+    known = {}
+    def peak(n, b):
+        "Bytes for rows of this length."
+        if n * b in known: return known[n * b]
+        est = plan(**wishes | dict(length=int(n), batch_size=int(b)))
+        if est.step == 'fast': known[n * b] = est.peak
+        return est.peak
+    return [[peak(n, b) for b in batches] for n in lengths]
 
 # %% ../../nbs/plan/reach.ipynb #46bf99bb
 def plot_map(

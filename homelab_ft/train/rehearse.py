@@ -6,9 +6,11 @@
 __all__ = ['Scene', 'as_if_on_card', 'why_padded', 'make_job', 'rehearse', 'told', 'answer']
 
 # %% ../../nbs/train/rehearse.ipynb #54df5e2b
-import json, sys
+import json, os, sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
 from unittest.mock import patch
 
 import torch
@@ -247,15 +249,29 @@ def told(
     for n, _ in witness.host.events: now += n; most = max(most, now)
     return dict(book=asdict(witness.book), host=most, paths=job.engine.paths)
 
+# %% ../../nbs/train/rehearse.ipynb #3fc1ad80
+def _one(
+    settings: dict,         # of a run
+    scene: dict,            # arguments of `Scene`
+) -> dict:                  # from `told`; or `error`, the class and arguments of a `HomelabError`
+    "What one rehearsal says."
+    try: return told(*rehearse(make_config(**settings), Scene(**scene)))
+    except HomelabError as e: return dict(error=dict(kind=type(e).__name__, what=e.what, value=str(e.value), allowed=e.allowed, next_step=e.next_step))
+
+# %% ../../nbs/train/rehearse.ipynb #a233b319
+def _each(do, scenes: list, fork: bool) -> list:
+    "What `do` makes of every scene."
+    if not fork or len(scenes) < 2 or not sys.platform.startswith('linux'): return [do(scene) for scene in scenes]
+    with get_context('fork').Pool(min(len(scenes), len(os.sched_getaffinity(0)))) as pool: return pool.map(do, scenes, chunksize=1)
+
 # %% ../../nbs/train/rehearse.ipynb #5ffc9e62
 def answer(
     request: dict,          # `config`: settings; `scenes`: arguments of `Scene`
+    fork: bool = False,     # in several processes; only where nothing has computed yet
 ) -> dict:                  # `found`: a list from `told`; or `error`, the class and arguments of a `HomelabError`
     "All rehearsals of a request."
-    try:
-        config = make_config(**request['config'])
-        return dict(found=[told(*rehearse(config, Scene(**scene))) for scene in request['scenes']])
-    except HomelabError as e: return dict(error=dict(kind=type(e).__name__, what=e.what, value=str(e.value), allowed=e.allowed, next_step=e.next_step))
+    found = _each(partial(_one, request['config']), request['scenes'], fork)
+    return next((f for f in found if 'error' in f), dict(found=found))
 
 # %% ../../nbs/train/rehearse.ipynb #8831a5f2
-if __name__ == '__main__' and '__file__' in globals(): print(json.dumps(answer(json.load(sys.stdin))))    # a notebook is `__main__` too, but has no file
+if __name__ == '__main__' and '__file__' in globals(): print(json.dumps(answer(json.load(sys.stdin), fork=True)))    # a notebook is `__main__` too, but has no file

@@ -15,7 +15,7 @@ from ..data.tokenize import load_cache
 from ..plan.cost import project
 from ..plan.hardware import EnergyMeter, check_disk, detect_machine
 from .checkpoint import checkpoints, prune, read_checkpoint, save_checkpoint, sweep
-from .engine import Rectangles, mean_nll, step_summary
+from .engine import mean_nll, step_summary
 from .lora import adapter_tensors, attach, check_targets, save_adapter, set_adapter, trainable_parameters
 from .preference import check_preference, load_pairs, preference_engine
 from .quantize import check_machine, load_base, memory_advice, model_fingerprint, peak_memory, resolve_device, resolve_dtype, weight_bytes
@@ -156,7 +156,6 @@ def _engine(model, c: RunConfig, train, device: str, dtype: str):
     "What takes the gradients of this run."
     from homelab_ft.train.fast import engine_for      # imports torch
     if c.objective == 'dpo': return preference_engine(model, c, train, device)
-    if c.method == 'full': return Rectangles(model, 'all weights learn', c.gradient_checkpointing, c.label_smoothing_factor)
     return engine_for(model, c, train, device, dtype)
 
 # %% ../../nbs/train/run.ipynb #38d26638
