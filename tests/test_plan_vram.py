@@ -1,5 +1,6 @@
 "plan.vram: what the closed form says against what PyTorch keeps and peaks at, on a processor with tiny models."
-import subprocess, sys, time, weakref
+import json, subprocess, sys, time, weakref
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -9,6 +10,7 @@ from homelab_ft.plan.plain import layer_bytes
 from homelab_ft.plan.vram import PARTS, estimate, plot_estimate
 from homelab_ft.plan.weights import METHODS, OPTIMIZER_BYTES, adapter_params, target_linears, weight_bytes
 
+VRAM = Path(__file__).resolve().parent.parent / 'benchmarks' / 'vram'
 HIDDEN, VOCAB, BATCH, LENGTH, RANK = 256, 512, 3, 64, 8
 SIZES = dict(hidden_size=HIDDEN, intermediate_size=704, num_attention_heads=8, num_key_value_heads=2, head_dim=32, pad_token_id=0)
 
@@ -185,3 +187,12 @@ def test_plot_on_given_axes():
     from matplotlib.figure import Figure
     ax = Figure().subplots()
     assert plot_estimate(estimate(SHAPES['Qwen3-8B']), 24 * 2**30, ax) is ax and len(ax.lines) == 1
+
+
+def test_predictions_on_file_are_those_of_today(monkeypatch):
+    "What the documentation compares with measurement is what the closed form says now, not what it once said."
+    pytest.importorskip('torch')
+    monkeypatch.syspath_prepend(str(VRAM))
+    import predict
+    kept, today = (VRAM / 'predicted.json').read_text(), json.dumps(predict.predicted())
+    assert json.loads(kept)['rows'] == json.loads(today), 'run benchmarks/vram/predict.py'

@@ -61,11 +61,11 @@ def held_back():
     return found
 
 
-def measure(asked):
-    "The row of one case: from a process of its own, or why there is none."
+def measure(asked, *more):
+    "The row of one case: from a process of its own, or why there is none; `more` goes to measure.py."
     (settings, limit_gib), began = asked, time.time()
     env, row = os.environ | dict(PYTORCH_ALLOC_CONF='expandable_segments:True', OMP_NUM_THREADS='2'), dict(settings=settings, limit_gib=limit_gib)
-    command = [sys.executable, str(HERE / 'measure.py'), json.dumps(settings), str(limit_gib)]
+    command = [sys.executable, str(HERE / 'measure.py'), json.dumps(settings), str(limit_gib), *more]
     try: done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=env)
     except subprocess.TimeoutExpired: return row | dict(failed=f'more than {SECONDS} s')
     said = [line[4:] for line in done.stdout.splitlines() if line.startswith('ROW ')]

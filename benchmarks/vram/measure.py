@@ -1,9 +1,9 @@
-"""Memory of our own training step on a card, one configuration per process: python measure.py '{"model": ..., "method": ..., ...}' [GiB].
+"""Memory of our own training step on a card, one configuration per process: python measure.py '{"model": ..., "method": ..., ...}' [GiB [fixed]].
 
 Settings are those of a run. Weights are random and made on the card, packed ones as well; the step is prepared as in a run and takes three optimizer steps.
-Prints one line, `ROW` and JSON: bytes allocated, reserved and of the process at their peaks, what the layers kept, versions. Others may use the card meanwhile,
-if NVML says what each process takes. The rows of measured.json had packed weights of 0.05 instead of 0.02: rounding alone changed gradients
-then, and most packed models were refused their compiled layers.
+Prints one line, `ROW` and JSON: bytes allocated, reserved and of the process at their peaks, what the layers kept, versions. With `fixed`, a card that is full in a step
+ends the run, where it would give something up otherwise. Others may use the card meanwhile, if NVML says what each process takes. The rows of measured.json had packed
+weights of 0.05 instead of 0.02: rounding alone changed gradients then, and most packed models were refused their compiled layers.
 """
 import fcntl, json, os, sys, tempfile, time
 from pathlib import Path
@@ -40,12 +40,18 @@ def open_context():
     return mine, used, after[mine] if mine else after_used - used
 
 
-def measure(settings, limit_gib):
+def keep_all(job):
+    "From now on a card that is full ends the run: recordings, merged matrices and levels stay as they were prepared."
+    job.engine.retreat = lambda: False
+
+
+def measure(settings, limit_gib, fixed=False):
     "The row of one configuration."
     if limit_gib: torch.cuda.set_per_process_memory_fraction(limit_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     mine, used, context = open_context()
     config = make_config(**settings)
     began, job = time.monotonic(), probe_job(config, known_config(config.model))
+    if fixed: keep_all(job)
     prepared, at_rest, highest = time.monotonic() - began, torch.cuda.memory_allocated(), 0
     torch.cuda.reset_peak_memory_stats()
     for _ in range(STEPS):
@@ -54,13 +60,14 @@ def measure(settings, limit_gib):
         total, each = on_card()
         highest = max(highest, (each.get(mine) or 0) if mine else total - used)
     return dict(allocated=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved(), process=highest, alone=mine is not None, context=context,
-                at_rest=at_rest, prepare_seconds=round(prepared, 1), paths=dict(job.engine.paths), allocator=os.environ.get('PYTORCH_ALLOC_CONF', ''),
+                at_rest=at_rest, prepare_seconds=round(prepared, 1), paths=dict(job.engine.paths), chunk=getattr(job.engine, 'chunk', 0),
+                retries=torch.cuda.memory_stats()['num_alloc_retries'], allocator=os.environ.get('PYTORCH_ALLOC_CONF', ''),
                 card=torch.cuda.get_device_name(), versions=versions())
 
 
-def main(settings, limit_gib='0'):
+def main(settings, limit_gib='0', fixed=''):
     asked = dict(settings=json.loads(settings), limit_gib=float(limit_gib))
-    try: found = measure(**asked)
+    try: found = measure(**asked, fixed=fixed == 'fixed')
     except Exception as e: found = dict(failed=f'{type(e).__name__}: {str(e)[:300]}')
     print('ROW ' + json.dumps(asked | found), flush=True)
 

@@ -1,4 +1,6 @@
-"""Every measured row beside its prediction, ours and the peers': python predict.py, after traces.py and peers.py. Writes predicted.json and prints the errors of both halves.
+"""Every measured row beside its predictions: python predict.py, after traces.py and peers.py. Writes predicted.json and prints the errors of both halves.
+
+Ours are two, the closed form and the trace. Both are told what the step chose on the card: levels, positions of the loss at a time, whether layers were compiled.
 
 What is compared: where rows lie end to end, the peak of the largest pass when the step was fitted, with gradients and without states, since later peaks are within recorded
 passes, which PyTorch does not count as allocated; where they are padded, the peak of three steps. Reserved and process bytes are those of the steps, recordings included.
@@ -9,15 +11,17 @@ from statistics import median
 
 from homelab_ft.core import GiB, make_config
 from homelab_ft.files import Table, now, write_json
+from homelab_ft.plan.outside import process_bytes
 from homelab_ft.plan.process import held_layers, merged_bytes
 from homelab_ft.plan.shape import model_shape
+from homelab_ft.plan.vram import _wishes, estimate
 
-from traces import fast, key, trained
+from traces import as_it_ran, fast, key, trained
 
 HERE = Path(__file__).resolve().parent
 CARD = 139.8 * GiB      # what the measured card has
 KINDS = ('allocated', 'reserved', 'process')
-WHO = dict(ours=KINDS, sum=('allocated', 'process'), accelerate=('allocated', 'process'), fitcheck=('allocated', 'process'))
+WHO = dict(closed=KINDS, trace=KINDS, sum=('allocated', 'process'), accelerate=('allocated', 'process'), fitcheck=('allocated', 'process'))
 
 
 def room(row, config):
@@ -39,8 +43,27 @@ def measured(row):
     return dict(allocated=row['paths']['peak_bytes'] if fast(row) else row['allocated'], reserved=row['reserved'], process=row['process'])
 
 
-def ours(row, found):
-    "The three figures."
+def reserved_bytes(est, compiled=True):
+    "Of the process in an estimate, what PyTorch has: all but context and libraries."
+    return est.peak - process_bytes(0, est.levels, est.step == 'fast', compiled)
+
+
+def first_pass(est):
+    "The largest pass in an estimate, without the optimizer's states."
+    return max(sum(parts.values()) - parts['overhead'] - parts['optimizer'] for name, parts in est.phases.items() if name != 'optimizer step')
+
+
+def closed(row):
+    "The three figures of the closed form."
+    config, given = as_it_ran(row)
+    est = estimate(model_shape(config.model), **_wishes(config, 1.), levels=given['levels'], chunk=given.get('chunk', 0))
+    first, compiled = first_pass(est), config.torch_compile is not False
+    more = merged(row, dict(first_pass=first))
+    return dict(allocated=first if fast(row) else est.allocated, reserved=reserved_bytes(est, compiled) + more, process=est.peak + more)
+
+
+def traced(row, found):
+    "The three figures of the trace."
     more = merged(row, found)
     return dict(allocated=found['first_pass'] if fast(row) else found['allocated'], reserved=found['reserved'] + more, process=found['process'] + more)
 
@@ -56,7 +79,7 @@ def predicted():
     read = lambda name: json.loads((HERE / name).read_text())
     found, peers = read('traces.json'), {r['case']: r for r in read('peers.json')['rows']}
     return [dict(case=r['case'], held_back=r['held_back'], settings=r['settings'], limit_gib=r['limit_gib'], padded=not fast(r), recompute=r['paths']['recompute'],
-                 measured=measured(r), predicted=dict(ours=ours(r, found[key(r)]), **theirs(peers[r['case']]))) for r in read('measured.json')['rows']]
+                 measured=measured(r), predicted=dict(closed=closed(r), trace=traced(r, found[key(r)]), **theirs(peers[r['case']]))) for r in read('measured.json')['rows']]
 
 
 def errors(rows, who, kind):
