@@ -199,9 +199,10 @@ def fit_trace(
     layers, wish = model_shape(config.model).num_hidden_layers, config.gradient_checkpointing
     for level in [wish] if type(wish) is bool else [False, True]:
         found = trace(config, {'layer' if level else 'keep': layers}, card=card)
-        room = limit_bytes * (1 - margin) - found.allocated - ASSUMED_OVERHEAD
+        need = found.allocated + ASSUMED_OVERHEAD if card == 'cpu' else found.process
+        room = limit_bytes * (1 - margin) - need
         if room >= 0: break
     kept = 'every layer computed again' if level else 'everything kept'
     verdict = f'Fits with {kept}, with {fmt_gib(room)} to spare' if room >= 0 else f'Does not fit, even with {kept}: {fmt_gib(-room)} too much'
-    made_of = f'{fmt_gib(found.allocated)} of tensors and {fmt_gib(ASSUMED_OVERHEAD)} assumed for the driver and libraries, of {fmt_gib(limit_bytes)}'
+    made_of = f'{fmt_gib(found.allocated)} of tensors and {fmt_gib(need - found.allocated)} for gaps, libraries and the context, of {fmt_gib(limit_bytes)}'
     return found, room >= 0, f'{verdict} ({made_of}, {margin:.0%} left free).'
