@@ -13,7 +13,9 @@ from homelab_ft.evaluate.likelihood import row_nll
 from homelab_ft.journey import check_inputs, new_run, plan_run, quickstart_config, resume_journey, run_journey
 from homelab_ft.train.checkpoint import checkpoints
 from homelab_ft.train.engine import Rectangles, label_nll, collate
+from homelab_ft.plan.trace import trace
 from homelab_ft.train.full import all_weights, fill_folder, load_full
+from homelab_ft.train.loss import chunk_rows, lean_loss
 from homelab_ft.train.lora import attach, load_adapter, set_adapter
 from homelab_ft.train.quantize import load_base
 from homelab_ft.train.run import _engine
@@ -110,7 +112,45 @@ def test_bfloat16_rounds_the_multiplications_and_not_the_weights(whole):
 def test_a_card_takes_the_plain_step_too():
     config = make_config(method='full', dtype='bfloat16', label_smoothing_factor=0.1)
     engine = _engine(attach(load_base('embedded', 'full'), config, 'bfloat16'), config, None, 'cuda', 'bfloat16')       # as on a card; nothing is computed here
-    assert isinstance(engine, Rectangles) and (engine.paths['rows'], engine.label_smoothing) == ('all weights learn', 0.1)
+    assert isinstance(engine, Rectangles) and (engine.paths['rows'], engine.paths['loss'], engine.label_smoothing) == ('all weights learn', 'on', 0.1)
+    assert engine.loss is lean_loss and _engine(engine.model, config, None, 'cpu', 'bfloat16').loss is None
+
+def whole_gradient(model, cache, **how):
+    "Loss and gradient of all weights over two passes, in float32."
+    model.zero_grad()
+    total, n = Rectangles(model, 'a test', **how).accumulate(cache, [[0, 1], [2, 3, 4]])
+    return total.item(), n, torch.cat([p.grad.float().flatten() for p in model.parameters()])
+
+@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('how', [{}, dict(label_smoothing=0.1), dict(checkpointing=True)], ids=str)
+def test_parity_of_the_loss_in_chunks_where_all_weights_learn(whole, tied, how, monkeypatch):
+    monkeypatch.setattr('homelab_ft.train.loss.LEAN_LOGITS', 1)      # the smallest chunks there are
+    cache, model = load_cache(whole.data_path / 'train.safetensors'), attach(load_base('embedded', 'full'), make_config(method='full'))
+    if not tied: model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.1)
+    (loss, n, wanted), (chunked, m, found) = (whole_gradient(model, cache, **how, loss=loss) for loss in (None, lean_loss))
+    assert n == m > 128 or n == m and chunk_rows(len(model.lm_head.weight), 1) == 128
+    assert abs(loss - chunked) < 1e-5 * loss and (found - wanted).norm() <= 1e-5 * wanted.norm() and len(found) == PARAMETERS + (not tied) * model.lm_head.weight.numel()
+
+def test_parity_of_the_loss_in_chunks_in_bfloat16(whole):
+    "At most 1.1 times as far from the float32 gradient as full logits are."
+    cache = load_cache(whole.data_path / 'train.safetensors')
+    exact = whole_gradient(attach(load_base('embedded', 'full'), make_config(method='full')), cache)[2]
+    half = attach(load_base('embedded', 'full'), make_config(method='full', dtype='bfloat16'), 'bfloat16')
+    plain, chunked = (whole_gradient(half, cache, loss=loss)[2] for loss in (None, lean_loss))
+    assert 0 < (chunked - exact).norm() <= 1.1 * (plain - exact).norm() and {p.grad.dtype for p in half.parameters()} == {torch.float32}
+
+def test_an_odd_head_keeps_full_logits():
+    model = attach(load_base('embedded', 'full'), make_config(method='full'))
+    model.config.logit_scale = 2.
+    step = Rectangles(model, 'odd', loss=lean_loss)
+    assert step.loss is None and 'loss' not in step.paths
+
+def test_whole_models_have_no_full_logits_on_a_card():
+    "Rehearsed without one: three quarters of what the logits of all positions took are gone."
+    config = make_config(model='SmolLM2-135M', method='full', max_length=2048, per_device_train_batch_size=1)
+    found = trace(config)
+    logits = 10 * 2048 * 49152
+    assert found.paths['loss'] == 'on' and found.phases['loss']['loss'] < logits and 'loss' not in trace(config, card='cpu').paths
 
 def test_recomputed_layers_give_the_same_gradient(whole):
     cache, found = load_cache(whole.data_path / 'train.safetensors'), []

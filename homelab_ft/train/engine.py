@@ -122,6 +122,13 @@ def _head_nll(
     parts = zip(hidden.split(n), targets.split(n))
     return torch.cat([F.cross_entropy(head(h).float(), t, reduction='none', label_smoothing=label_smoothing) for h, t in parts])
 
+# %% ../../nbs/train/engine.ipynb #3f6ca125
+def _sent(model, batch: dict) -> tuple:
+    "(tokens, batch rows, positions and targets of what is learned), where the model is."
+    device = _plain_model(model).get_input_embeddings().weight.device
+    rows, at = label_positions(batch['labels'])
+    return tuple(_send(t, device) for t in (batch['input_ids'], rows, at, batch['labels'][rows, at + 1]))
+
 # %% ../../nbs/train/engine.ipynb #bc0b8859
 def label_nll(
     model,              # causal language model, plain, quantized or with peft around it
@@ -130,10 +137,7 @@ def label_nll(
 ) -> tuple:             # `(nll, rows)`: float32 nats of each learned token, and the batch row it belongs to
     "Negative log-likelihood of every learned token; the head runs at their positions only."
     import torch.nn.functional as F
-    device = _plain_model(model).get_input_embeddings().weight.device
-    rows, at = label_positions(batch['labels'])
-    targets = batch['labels'][rows, at + 1]
-    ids, rows, at, targets = (_send(t, device) for t in (batch['input_ids'], rows, at, targets))
+    ids, rows, at, targets = _sent(model, batch)
     decoder, head = decoder_and_head(model) or (None, _plain_model(model).get_output_embeddings())
     with precision(model):
         if decoder: return _head_nll(head, decoder(input_ids=ids, use_cache=False).last_hidden_state[rows, at], targets, label_smoothing), rows
@@ -146,19 +150,32 @@ def count_labels(
     "How many tokens of the batch are learned."
     return int((batch['labels'][:, 1:] != -100).sum())
 
+# %% ../../nbs/train/engine.ipynb #0809ca17
+def _part(model, batch: dict, n: int, label_smoothing: float, loss):
+    "The share of a batch in the mean loss over `n` tokens."
+    if loss is None: return label_nll(model, batch, label_smoothing)[0].sum() / max(n, 1)
+    import torch
+    ids, rows, at, targets = _sent(model, batch)
+    decoder, head = decoder_and_head(model)
+    with precision(model):
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[rows, at]
+        kind, shares = getattr(_plain_model(model), 'computes_in', hidden.dtype), torch.full_like(targets, 1 / max(n, 1), dtype=torch.float32)
+        return loss(hidden.to(kind), head.weight, targets, shares, label_smoothing)
+
 # %% ../../nbs/train/engine.ipynb #f655df68
 def accumulate(
     model,              # causal language model with trainable parameters
     micro_batches: list,  # batches from `collate` that make one optimizer step
     label_smoothing: float = 0.,    # share of the target spread over the vocabulary
+    loss=None,                      # a function like `loss.lean_loss`, which needs a plain output head; None: full logits
 ) -> tuple:             # `(loss, n)`: nats per learned token as a detached 0-d tensor where the model is, and the number of tokens
     "Add the gradient of the mean loss over all learned tokens of all batches to the parameters' `.grad`."
-    n, loss = sum(map(count_labels, micro_batches)), 0.
+    n, total = sum(map(count_labels, micro_batches)), 0.
     for batch in micro_batches:
-        part = label_nll(model, batch, label_smoothing)[0].sum() / max(n, 1)
+        part = _part(model, batch, n, label_smoothing, loss)
         part.backward()
-        loss = loss + part.detach()
-    return loss, n
+        total = total + part.detach()
+    return total, n
 
 # %% ../../nbs/train/engine.ipynb #bbe543fb
 def decoder_layers(
@@ -186,8 +203,11 @@ class Rectangles:
         why: str,           # why not the fast one; kept in `paths`
         checkpointing=False,    # True: recompute every layer
         label_smoothing: float = 0.,    # share of the target spread over the vocabulary
+        loss=None,          # as for `accumulate`; not used where the output head is no plain one
     ):
         self.model, self.label_smoothing, self.paths = model, label_smoothing, dict(rows=why, recompute={})
+        self.loss = None if loss and odd_parts(model) else loss
+        if self.loss: self.paths['loss'] = 'on'
         if checkpointing is not True: return
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
         self.paths['recompute'] = {'layer': len(decoder_layers(model) or [])}
@@ -197,7 +217,7 @@ class Rectangles:
         micro_batches: list,    # lists of row numbers that make one optimizer step
     ) -> tuple:             # (loss, learned tokens), as `accumulate`
         "Add the gradient of the mean loss over all learned tokens to `.grad`."
-        return accumulate(self.model, [collate(cache, rows, 0) for rows in micro_batches], self.label_smoothing)
+        return accumulate(self.model, [collate(cache, rows, 0) for rows in micro_batches], self.label_smoothing, self.loss)
 
     def zero_grad(self):
         "Forget the gradients."

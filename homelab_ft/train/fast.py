@@ -233,7 +233,7 @@ def engine_for(
     dtype: str,         # 'float32' or 'bfloat16'
 ):                      # `Rows` or `Rectangles`
     "What takes the gradients of a run; `ConfigError` for settings that this model does not allow."
-    if config.method == 'full': return Rectangles(model, 'all weights learn', config.gradient_checkpointing, config.label_smoothing_factor)
+    if config.method == 'full': return Rectangles(model, 'all weights learn', config.gradient_checkpointing, config.label_smoothing_factor, loss.lean_loss if device == 'cuda' else None)
     wanted, off = _asks_for_rows(config), config.padding_free is False
     if not wanted and (off or (device, dtype) != ('cuda', 'bfloat16')):
         return Rectangles(model, 'switched off' if off else f'{dtype} on {device}', config.gradient_checkpointing, config.label_smoothing_factor)

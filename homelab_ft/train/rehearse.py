@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..core import ConfigError, HomelabError, RunConfig, make_config
-from . import attention, engine, packing, recompute, rows, shelf, steps
+from . import attention, engine, loss, packing, recompute, rows, shelf, steps
 from .fit import Options
 from .hollow import fill, hollow_model
 from .outline import outlined, outlined_loss
@@ -186,7 +186,8 @@ def _flat(model, config, scene) -> rows.Rows:
 # %% ../../nbs/train/rehearse.ipynb #bea94c43
 def _make_step(witness, model, config, scene):
     "The training step of a run, its parts named."
-    if why := why_padded(model, config, scene.card): return engine.Rectangles(model, why, scene.levels[0] == 'layer', config.label_smoothing_factor)
+    lean = loss.lean_loss if config.method == 'full' and scene.card != 'cpu' else None
+    if why := why_padded(model, config, scene.card): return engine.Rectangles(model, why, scene.levels[0] == 'layer', config.label_smoothing_factor, lean)
     step = _flat(model, config, scene)
     if scene.table_away and step.send_table(): witness.leaves(step.table.table)
     if step.copies:
