@@ -1,5 +1,5 @@
 "Merging: the numbers, the folder, and what happens when it cannot be written."
-import json, os, shutil
+import copy, json, os, shutil
 import numpy as np, pytest, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from homelab_ft.core import DataError, HardwareError, RunError, embedded_model, make_config
@@ -56,6 +56,26 @@ def test_qlora_merges_into_the_dequantized_weights(tmp_path, double):
     config = json.loads((merge(run) / 'config.json').read_text())
     assert 'quantization_config' not in config and config['dtype'] == 'bfloat16'
     assert parity(run, progress=False).passed
+
+@pytest.mark.parametrize('method', ['qlora', 'int8'])
+@pytest.mark.parametrize('tied', [True, False])
+def test_written_out_matrix_by_matrix_is_written_out(tmp_path, method, tied):
+    "What transformers writes out all at once, in host memory."
+    model = load_base('embedded', method)
+    if not tied: model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1, requires_grad=False)
+    ours, theirs = merging._written_out(copy.deepcopy(model)), model.dequantize(dtype=model.dtype)
+    known = dict(theirs.named_parameters(remove_duplicate=False))
+    assert {n for n, _ in ours.named_parameters(remove_duplicate=False)} == known.keys() and not hasattr(ours.config, 'quantization_config')
+    assert all(p.device.type == 'cpu' and p.dtype == known[n].dtype and torch.equal(p, known[n]) for n, p in ours.named_parameters(remove_duplicate=False))
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a card')
+def test_card_holds_one_matrix_at_a_time_while_it_writes_out(tmp_path):
+    model = load_base('embedded', 'qlora', 'bfloat16', 'cuda')
+    before, largest = torch.cuda.memory_allocated(), 2 * max(m.in_features * m.out_features for m in model.modules() if type(m).__name__ == 'Linear4bit')
+    torch.cuda.reset_peak_memory_stats()
+    merging._written_out(model)
+    assert torch.cuda.max_memory_allocated() - before < 4 * largest + 2**21
 
 def test_int8_is_allowed_what_rounding_the_inputs_makes(tmp_path):
     run, model = make_run(tmp_path, method='int8')

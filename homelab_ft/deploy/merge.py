@@ -33,16 +33,28 @@ def stored_dtype(
     dtype = AutoConfig.from_pretrained(model_path(model), trust_remote_code=False).dtype
     return str(dtype or 'float32').removeprefix('torch.')
 
+# %% ../../nbs/deploy/merge.ipynb #62950c12
+def _written_out(model):
+    "A model in 4 or 8 bits with its rounded weights in full, in host memory."
+    import torch
+    from transformers.integrations.bitsandbytes import dequantize_and_replace
+    logging.getLogger('transformers.integrations.bitsandbytes').setLevel(logging.ERROR)   # it warns that what we ask for happens
+    quantizer, dtype = model.hf_quantizer, model.dtype
+    for name in [n for n, m in model.named_modules() if type(m).__name__ in ('Linear4bit', 'Linear8bitLt')]:
+        alone = torch.nn.ModuleDict({'it': model.get_submodule(name)})
+        model.set_submodule(name, dequantize_and_replace(alone, quantizer.quantization_config, dtype)['it'].to('cpu'))
+    quantizer.remove_quantization_config(model)
+    return model.to('cpu')
+
 # %% ../../nbs/deploy/merge.ipynb #086c2967
 def _plain_base(
     config: RunConfig,     # of the run
-):                         # transformers model without quantized layers
+):                         # transformers model without quantized layers, in host memory
     "The weights that the adapter was trained against: as stored, or, quantized, after their rounding to 4 or 8 bits."
     if config.method == 'lora': return load_base(config.model, 'lora', stored_dtype(config.model), 'cpu')
     if config.method == 'full': return load_base(config.model, 'full', 'float32', 'cpu')      # replaced by the tuned model
     model = load_base(config.model, config.method, resolve_dtype(config), resolve_device(config), config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
-    logging.getLogger('transformers.integrations.bitsandbytes').setLevel(logging.ERROR)   # it warns that what we ask for happens
-    return model.dequantize(dtype=model.dtype)
+    return _written_out(model)
 
 # %% ../../nbs/deploy/merge.ipynb #ff6c4a49
 def _merged_model(
@@ -248,10 +260,11 @@ def _input_rounding(
     run: RunFolder,        # a run with an adapter on 8-bit weights
     config: RunConfig,     # its settings
     adapter: dict,         # from `_probe`, with 8-bit inputs
+    merged: Path,          # the merged folder
     progress: bool,        # show a bar
 ) -> float:                # nats per token
     "How far the adapter is from itself beside the same weights written out, where inputs are not rounded to 8 bits."
-    model = load_adapter(_plain_base(config), run.adapter_path)
+    model = load_adapter(_plain_base(config), run.adapter_path).to(_room_for(merged, config))
     return float(np.abs(_answer_nll(model, adapter['rows'], config.per_device_train_batch_size, progress) - adapter['nll']).mean())
 
 # %% ../../nbs/deploy/merge.ipynb #2f4de075
@@ -267,7 +280,7 @@ def parity(
     talks = [r['messages'] for r in read_jsonl(run.data_path / 'test_examples.jsonl')][:n_rows]
     if not talks: raise DataError('there are no test rows to compare on', value=run.data_path, next_step='prepare the data again')
     adapter = _probe_run(run, talks, config, progress)
-    inputs = _input_rounding(run, config, adapter, progress) if config.method == 'int8' else 0.
+    inputs = _input_rounding(run, config, adapter, merged, progress) if config.method == 'int8' else 0.
     gc.collect()
     model, tok = load_base(str(merged), 'lora', resolve_dtype(config), _room_for(merged, config)), load_tokenizer(str(merged), needs_template=not is_text(talks[0]))
     other = _probe(model, tok, talks, config, progress)
