@@ -67,10 +67,11 @@ def _print_trace(
     config: RunConfig,   # the settings
     limit: int,          # memory of the card in bytes
     about: list,         # what is known of the card
+    correction: int,     # bytes that it takes beyond the usual
 ) -> int:                # exit code
     "Rehearse two steps without a card, and say whether they fit."
     from homelab_ft.plan.trace import fit_trace
-    found, fits, sentence = fit_trace(config, limit, card='cpu' if config.device == 'cpu' else 'hopper')
+    found, fits, sentence = fit_trace(config, limit, card='cpu' if config.device == 'cpu' else 'hopper', correction=correction)
     print(*about, found, sentence, sep='\n\n')
     return 0 if fits else 3
 
@@ -102,16 +103,19 @@ def _cmd_plan(
     from homelab_ft.plan.shape import model_shape
     from homelab_ft.plan.answer import plan_json, plan_text, planned_card
     from homelab_ft.plan.fit import settle
+    from homelab_ft.plan.outside import correction_for
     from homelab_ft.plan.vram import estimate_for
     config = read_settings(args)
     name, limit, device, about, card = planned_card(args.gpu, args.gib)
     if config.device == 'auto': config.device = device
     if args.fit: return _print_fit(config, card or limit)
-    config, choice = settle(config, None, limit)
+    correction = correction_for(name)
+    config, choice = settle(config, None, limit, correction)
+    if correction: about.append(f'Corrected by a probe of this card: {correction / 2**20:+.0f} MiB.')
     if choice: about.append(f'Chosen, as a run would: {choice}')
     if args.probe: return _probe(config)
-    if args.trace: return _print_trace(config, limit, about)
-    est = estimate_for(config, model_shape(config.model), limit_bytes=limit)
+    if args.trace: return _print_trace(config, limit, about, correction)
+    est = estimate_for(config, model_shape(config.model), limit_bytes=limit, correction=correction)
     if args.json: print(plan_json(config, name, limit, est))
     else: print(*about, plan_text(est, limit), sep='\n\n')
     if args.pilot:

@@ -258,14 +258,19 @@ def test_pairs_and_processors_keep_their_settings():
         assert settle(config, [2048], 24 * GiB) == (config, None)
 
 
-def test_a_card_of_this_machine_is_used(monkeypatch):
+def test_a_card_of_this_machine_is_used(monkeypatch, tmp_path):
     from homelab_ft.plan import fit as page
     from types import SimpleNamespace
     config = make_config(model='Llama-3.1-8B', max_length=2048)
-    monkeypatch.setattr(page, 'detect_machine', lambda: SimpleNamespace(device='cpu', total_bytes=64 * GiB))
+    monkeypatch.setenv('HOMELAB_FT_PROBES', str(tmp_path / 'probes.json'))
+    monkeypatch.setattr(page, 'detect_machine', lambda: SimpleNamespace(device='cpu', total_bytes=64 * GiB, gpu_name=None))
     monkeypatch.setattr(page, 'live_card', lambda: None)
     assert settle(config, [2048]) == (config, None)
-    monkeypatch.setattr(page, 'detect_machine', lambda: SimpleNamespace(device='cuda', total_bytes=24 * GiB))
+    monkeypatch.setattr(page, 'detect_machine', lambda: SimpleNamespace(device='cuda', total_bytes=24 * GiB, gpu_name='A card'))
     assert settle(config, [2048]) == settle(config, [2048], 24 * GiB)
     monkeypatch.setattr(page, 'live_card', lambda: SimpleNamespace(usable_bytes=12 * GiB))       # somebody else has the rest
     assert settle(config, [2048]) == settle(config, [2048], 12 * GiB)
+    (tmp_path / 'probes.json').write_text('{"A card": {"correction": 300000000}, "Another": {"correction": 7}}')      # and its context is larger than elsewhere
+    (here, chosen), (there, usual) = settle(config, [2048]), settle(config, [2048], 12 * GiB)
+    assert settle(config, [2048], 12 * GiB, 300_000_000) == (here, chosen) and here == there
+    assert estimate_for(here, SHAPES['Llama-3.1-8B'], correction=300_000_000).peak - estimate_for(here, SHAPES['Llama-3.1-8B']).peak == 300_000_000

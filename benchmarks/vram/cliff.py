@@ -30,7 +30,7 @@ from homelab_ft.plan.shape import model_shape
 from homelab_ft.plan.vram import _wishes, estimate
 
 import matrix
-from predict import reserved_bytes
+from predict import reserved_bytes, tensors
 from traces import chunk
 
 LIMITS = (24, 16, 12, 8)                # GiB; those that take longest first
@@ -47,7 +47,7 @@ def _need(said, limit_gib):
     settings = json.loads(said)
     config = make_config(**settings)
     est = estimate(model_shape(config.model), **_wishes(config, 1.), gradient_checkpointing=config.gradient_checkpointing, chunk=chunk(config, limit_gib))
-    return dict(allocated=est.allocated, reserved=reserved_bytes(est, config.torch_compile is not False), step=est.step)
+    return dict(allocated=tensors(est), reserved=reserved_bytes(est, config.torch_compile is not False), step=est.step)
 
 
 def need(settings, limit_gib):

@@ -11,6 +11,7 @@ from statistics import median
 
 from homelab_ft.core import GiB, make_config
 from homelab_ft.files import Table, now, write_json
+from homelab_ft.plan.later import LATER
 from homelab_ft.plan.outside import process_bytes
 from homelab_ft.plan.process import held_layers, merged_bytes
 from homelab_ft.plan.shape import model_shape
@@ -45,21 +46,26 @@ def measured(row):
 
 def reserved_bytes(est, compiled=True):
     "Of the process in an estimate, what PyTorch has: all but context and libraries."
-    return est.peak - process_bytes(0, est.levels, est.step == 'fast', compiled)
+    return est.step_peak - process_bytes(0, est.levels, est.step == 'fast', compiled)
+
+
+def tensors(est):
+    "The peak of the steps in an estimate, without context, libraries and gaps."
+    return max(sum(parts.values()) - parts['overhead'] for name, parts in est.phases.items() if name not in LATER)
 
 
 def first_pass(est):
     "The largest pass in an estimate, without the optimizer's states."
-    return max(sum(parts.values()) - parts['overhead'] - parts['optimizer'] for name, parts in est.phases.items() if name != 'optimizer step')
+    return max(sum(parts.values()) - parts['overhead'] - parts['optimizer'] for name, parts in est.phases.items() if name not in ('optimizer step', *LATER))
 
 
 def closed(row):
     "The three figures of the closed form."
     config, given = as_it_ran(row)
-    est = estimate(model_shape(config.model), **_wishes(config, 1.), levels=given['levels'], chunk=given.get('chunk', 0))
+    est = estimate(model_shape(config.model), **_wishes(config, 1.), levels=given['levels'], chunk=given.get('chunk', 0), full_logits='loss' not in row['paths'])
     first, compiled = first_pass(est), config.torch_compile is not False
     more = merged(row, dict(first_pass=first))
-    return dict(allocated=first if fast(row) else est.allocated, reserved=reserved_bytes(est, compiled) + more, process=est.peak + more)
+    return dict(allocated=first if fast(row) else tensors(est), reserved=reserved_bytes(est, compiled) + more, process=est.step_peak + more)
 
 
 def traced(row, found):

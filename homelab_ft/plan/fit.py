@@ -17,13 +17,14 @@ from .cards import Card, find_card, limit_bytes
 from .divide import Question, divisions, packings
 from .hardware import detect_machine
 from .live import live_card
+from .outside import correction_for
 from .shape import model_shape
 from .speed import MEASURED, _check_numbers, _check_wishes, hours, pass_seconds, total_operations, why_no_speed
 from .vram import METHODS, MemoryEstimate, _wishes, estimate, fitted
 
 # %% ../../nbs/plan/fit.ipynb #f1d1fff8
 OF_ESTIMATE = ('method', 'lora_r', 'target_modules', 'optim', 'dtype', 'double_quant', 'label_share', 'padding_free', 'torch_compile', 'card',
-               'levels', 'gradient_checkpointing')
+               'levels', 'gradient_checkpointing', 'correction')
 OF_BATCH = ('per_device_train_batch_size', 'gradient_accumulation_steps', 'packing', 'max_length')
 
 # %% ../../nbs/plan/fit.ipynb #d241a7c3
@@ -266,12 +267,13 @@ def settle(
     config: RunConfig,   # settings of a run
     lengths=None,        # tokens of every row; None: all as long as `max_length`
     where=None,          # bytes of memory, a `Card`, or the name of one; None: this machine's card
+    correction: int = 0, # bytes that this card takes beyond the usual, from `outside.correction_for`
 ) -> tuple:              # (the settings, the `Choice` that they come from; None if nothing was chosen)
     "Settings that fit, as given or else chosen; with nothing that fits, the least that a run could take; `ModelError` for a mixture of experts."
-    where = where or _this_card()
+    if where is None: where, correction = _this_card()
     if config.objective == 'dpo' or config.device == 'cpu' or not where: return config, None
     given, rows = _given(config), [config.max_length] if lengths is None else lengths
-    wishes, batch = _asked_of(config, given, int(max(rows))), config.per_device_train_batch_size * config.gradient_accumulation_steps
+    wishes, batch = _asked_of(config, given, int(max(rows))) | dict(correction=correction), config.per_device_train_batch_size * config.gradient_accumulation_steps
     methods = [given['method']] if 'method' in given else ['lora', 'qlora']
     found = next((c for method in methods for c in fit(where, model_shape(config.model), rows, batch, config.num_train_epochs, **wishes | dict(method=method))), None)
     chosen = found.settings if found else dict(method=methods[-1], per_device_train_batch_size=1, gradient_accumulation_steps=batch)
@@ -279,7 +281,7 @@ def settle(
     return config.model_copy(update=chosen), found
 
 # %% ../../nbs/plan/fit.ipynb #bf782e1f
-def _this_card() -> int:
-    "Bytes that a run may take on this machine's card; 0 without one."
+def _this_card() -> tuple:
+    "(bytes that a run may take on this machine's card, 0 without one; its correction)."
     live, machine = live_card(), detect_machine()
-    return (live and live.usable_bytes or machine.total_bytes) * (machine.device == 'cuda')
+    return (live and live.usable_bytes or machine.total_bytes) * (machine.device == 'cuda'), correction_for(machine.gpu_name)

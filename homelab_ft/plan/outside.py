@@ -73,8 +73,10 @@ def usual_gaps(
     workspaces: int,        # bytes, as allocated
     recorded: bool,         # passes are recorded
     compiled: bool,         # layers are compiled
+    head: int = 0,          # bytes of the head's gradient, where all weights learn without full logits
 ) -> int:
     "Reserved bytes beyond allocated ones, by rule."
     c = process_constants()
+    if head: return round(c['gaps_whole_share'] * head)
     if not recorded: return round(c['gaps_plain_share'] * logits)
     return workspaces + 4 * trained + c['gaps_compiled' if compiled else 'gaps_eager']

@@ -12,13 +12,14 @@ from functools import partial
 import numpy as np
 
 from ..core import ConfigError, GiB, near_matches
+from .later import LATER
 from .shape import known_shapes, model_shape
 from .speed import _check_numbers, _check_wishes
 from .vram import _check_sizes, estimate, fitted
 
 # %% ../../nbs/plan/reach.ipynb #f943e8f1
 ARGUMENTS = ('method', 'lora_r', 'target_modules', 'batch_size', 'length', 'optim', 'dtype', 'double_quant', 'label_share', 'gradient_accumulation_steps',
-             'padding_free', 'torch_compile', 'card')     # of `estimate`, which may be wished for
+             'padding_free', 'torch_compile', 'card', 'max_new_tokens', 'correction')     # of `estimate`, which may be wished for
 
 # %% ../../nbs/plan/reach.ipynb #da0922c3
 def _check(
@@ -88,15 +89,13 @@ def length_batch_map(
 
 # %% ../../nbs/plan/reach.ipynb #903c8d3b
 def _peaks(plan, lengths, batches, wishes) -> list:
-    "A list per length; in the fast step only tokens of a pass count, and each number of them once."
-    known = {}
-    def peak(n, b):
-        "Bytes for rows of this length."
-        if n * b in known: return known[n * b]
-        est = plan(**wishes | dict(length=int(n), batch_size=int(b)))
-        if est.step == 'fast': known[n * b] = est.peak
-        return est.peak
-    return [[peak(n, b) for b in batches] for n in lengths]
+    "A list per length. Of a fast step only the tokens of a pass count, so that each number of them is planned once, with the longest rows, unless the peak is in no step."
+    known, found = {}, {}
+    for n, b in sorted(((n, b) for n in lengths for b in batches), key=lambda pair: -pair[0]):
+        est = known.get(n * b) or plan(**wishes | dict(length=int(n), batch_size=int(b)))
+        if est.step == 'fast' and est.phase not in LATER: known[n * b] = est
+        found[n, b] = est.peak
+    return [[found[n, b] for b in batches] for n in lengths]
 
 # %% ../../nbs/plan/reach.ipynb #46bf99bb
 def plot_map(

@@ -142,6 +142,7 @@ def trace(
     host_bytes: int = 0,        # host memory for results of attention, where inputs wait there too
     table_away: bool = False,   # the embedding table is in host memory, if it is frozen and not the output head too
     held: int = 0,              # layers whose merged matrices are held, see `process.held_layers`
+    correction: int = 0,        # bytes that this card takes beyond the usual, from `outside.correction_for`
     whole: bool = False,        # trace all layers, for `events`, and for the gaps in `reserved` as they are
 ) -> MemoryTrace:
     "The memory of a run; `ConfigError` and `ModelError` for what cannot be, before the process is started."
@@ -154,7 +155,7 @@ def trace(
     scenes = [common | dict(levels=[k for k, n in c.items() for _ in range(n)]) for c in tried]
     found = _ask(dict(config=config.model_dump(), scenes=scenes))
     recorded = card != 'cpu' and not table_away and _records(config, counts, found[0]['paths'])
-    process = dict(recorded=recorded, held=held * merged_bytes(sizes, config.target_modules), card=card)
+    process = dict(recorded=recorded, held=held * merged_bytes(sizes, config.target_modules), card=card, correction=correction)
     return _result(found, counts, process, [sum(c.values()) for c in tried], began)
 
 # %% ../../nbs/plan/trace.ipynb #41820605
@@ -162,11 +163,11 @@ def _records(config, counts, paths) -> bool:
     "Whether a run with room on its card records its passes, as `train.fast` decides it."
     return paths['rows'] == 'on' and config.cuda_graph is not False and not config.lora_dropout and 'offload' not in counts
 
-def _outside(books, counts, compiled, recorded, held, card) -> tuple:
+def _outside(books, counts, compiled, recorded, held, card, correction) -> tuple:
     "Reserved and process bytes. On a processor there is nothing beside tensors."
     few = [pool_peaks(book, recorded) for book in books]
     reserved = reserved_bytes(few, [on_the_line([allocated for allocated, _ in pool], counts) for pool in zip(*few)]) + held
-    return reserved, reserved if card == 'cpu' else process_bytes(reserved, counts, recorded, compiled)
+    return reserved, reserved if card == 'cpu' else process_bytes(reserved, counts, recorded, compiled, correction)
 
 # %% ../../nbs/plan/trace.ipynb #78f16c36
 def _result(found, counts, process, layers, began) -> MemoryTrace:
@@ -194,11 +195,12 @@ def fit_trace(
     limit_bytes: float,         # memory of the card
     margin: float = 0.05,       # share of it to leave free
     card: str = 'hopper',       # as for `trace`
+    correction: int = 0,        # as for `trace`
 ) -> tuple:                     # (MemoryTrace, whether it fits, a sentence about it)
     "The most that fits, traced; the least that a run needs, if nothing does."
     layers, wish = model_shape(config.model).num_hidden_layers, config.gradient_checkpointing
     for level in [wish] if type(wish) is bool else [False, True]:
-        found = trace(config, {'layer' if level else 'keep': layers}, card=card)
+        found = trace(config, {'layer' if level else 'keep': layers}, card=card, correction=correction)
         need = found.allocated + ASSUMED_OVERHEAD if card == 'cpu' else found.process
         room = limit_bytes * (1 - margin) - need
         if room >= 0: break

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ..core import MiB, ConfigError, RunConfig, fmt_gib
 from ..files import Table
 from .fast import chunk_for, fast_phases, kept_bytes, why_no_terms
+from .later import LATER, later_phases, logits_bytes, together
 from .levels import LEVELS, choose_levels
 from .outside import process_bytes, usual_gaps
 from .plain import plain_phases, working_bytes
@@ -37,7 +38,7 @@ class MemoryEstimate:
     adapter: int        # LoRA matrices and their 16-bit copies
     gradients: int      # of what is trained
     optimizer: int      # AdamW's two moments
-    activations: int    # what layers keep, and what the running layer needs
+    activations: int    # what layers keep, what the running layer needs, and, when answers are written, keys and values
     logits_loss: int    # head and cross-entropy
     workspaces: int     # of cuBLAS
     overhead: int       # context, libraries, the allocator's gaps
@@ -53,8 +54,13 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        "Bytes of the process at the peak: everything."
+        "Bytes of the process at the peak of the whole run: everything."
         return sum(self.parts.values())
+
+    @property
+    def step_peak(self) -> int:
+        "Bytes of the process at the peak of a training step alone, which is what benchmarks measure."
+        return max(sum(parts.values()) for name, parts in self.phases.items() if name not in LATER)
 
     @property
     def allocated(self) -> int:
@@ -127,19 +133,24 @@ def _fixed(shape, method, trained, double_quant, optim, b, fast, card) -> dict:
     return found | dict(gradients=4 * trained) if fast else found
 
 # %% ../../nbs/plan/vram.ipynb #131f38fa
-def _overhead(trained, extra, levels, recorded, compiled, card) -> int:
-    "Context, libraries and gaps; the fast step records its passes, unless inputs wait in host memory."
+def _overhead(shape, trained, logits, levels, recorded, compiled, card, correction, lean=False) -> int:
+    "Context, libraries and gaps."
     if card == 'cpu': return ASSUMED_OVERHEAD
-    recorded = recorded and 'offload' not in levels
-    gaps = usual_gaps(trained, max(parts.get('logits_loss', 0) for parts in extra.values()), WORKSPACE_BYTES[card], recorded, compiled)
-    return process_bytes(gaps, levels, recorded, compiled)
+    gaps = usual_gaps(trained, logits, WORKSPACE_BYTES[card], recorded, compiled, 4 * shape.vocab_size * shape.hidden_size * lean)
+    return process_bytes(gaps, levels, recorded, compiled, correction)
 
 # %% ../../nbs/plan/vram.ipynb #649c2d02
 def _all_phases(fixed: dict, staging: int, extra: dict, trained: int) -> dict:
     "Every phase of a step, with its parts."
     none = dict.fromkeys(PARTS, 0)
-    added = {name: {part: fixed[part] + parts.get(part, 0) for part in PARTS} for name, parts in extra.items()}
+    added = {name: together(fixed, parts) for name, parts in extra.items()}
     return {'load': none | dict(weights=fixed['weights'] + staging, overhead=fixed['overhead']), **added, 'optimizer step': fixed | dict(gradients=4 * trained)}
+
+# %% ../../nbs/plan/vram.ipynb #0ffd6e84
+def _largest(phases, kept, step) -> MemoryEstimate:
+    "The estimate, with the parts of its largest phase."
+    peak = max(phases, key=lambda name: sum(phases[name].values()))
+    return MemoryEstimate(**phases[peak], phase=peak, phases=phases, levels=kept, step=step)
 
 # %% ../../nbs/plan/vram.ipynb #39597856
 def estimate(
@@ -160,27 +171,32 @@ def estimate(
     torch_compile: bool = True,              # layers are compiled, as a run on a card does
     card: str = 'hopper',                    # a key of `WORKSPACE_BYTES`
     chunk: int = 0,                          # positions of the loss at a time in the fast step; 0: as many as usual
+    max_new_tokens: int = 64,                # length of answers to test prompts
+    correction: int = 0,                     # bytes that this card takes beyond the usual, from `outside.correction_for`
+    full_logits: bool = False,               # whole models: as with an odd output head
 ) -> MemoryEstimate:
-    "Memory of one training step as the maximum over its phases; `ConfigError` for what cannot be, `ModelError` for a mixture of experts."
+    "Memory of a run as the maximum over the phases of its steps, and of what comes between and after them; `ConfigError` for what cannot be, `ModelError` for a mixture of experts."
     for name, value, allowed in [('method', method, METHODS), ('optim', optim, OPTIMIZER_BYTES), ('dtype', dtype, COMPUTE_BYTES), ('card', card, WORKSPACE_BYTES)]:
         _check_choice(name, value, allowed)
-    _check_sizes(shape, length, label_share, batch_size=batch_size, lora_r=lora_r, gradient_accumulation_steps=gradient_accumulation_steps)
-    targets = {} if method == 'full' else target_linears(shape, target_modules)
-    b, trained, learned = COMPUTE_BYTES[dtype], shape.n_params if method == 'full' else adapter_params(shape, lora_r, target_modules), round(batch_size * length * label_share)
+    _check_sizes(shape, length, label_share, batch_size=batch_size, lora_r=lora_r, gradient_accumulation_steps=gradient_accumulation_steps, max_new_tokens=max_new_tokens)
+    b, learned = COMPUTE_BYTES[dtype], round(batch_size * length * label_share)
+    targets, trained = ({}, shape.n_params) if method == 'full' else (target_linears(shape, target_modules), adapter_params(shape, lora_r, target_modules))
     why = _why_plain(shape, method, dtype, padding_free, torch_compile)
     kept = _levels(shape.num_hidden_layers, levels, gradient_checkpointing, bool(why))
-    if why: extra = plain_phases(shape, method, batch_size, length, learned, trained, targets, lora_r, b, 'layer' in kept, gradient_accumulation_steps > 1)
+    lean, recorded = method == 'full' and card != 'cpu' and not (shape.eager or full_logits), not why and 'offload' not in kept       # inputs that wait in host memory are not recorded
+    if why: extra = plain_phases(shape, method, batch_size, length, learned, trained, targets, lora_r, b, 'layer' in kept, gradient_accumulation_steps > 1, lean)
     else: extra = fast_phases(shape, method, kept, batch_size * length, learned, lora_r, torch_compile, chunk)
     fixed = _fixed(shape, method, trained, double_quant, optim, b, not why, card)
-    fixed['overhead'] = _overhead(trained, extra, kept, not why, torch_compile, card)
-    phases = _all_phases(fixed, working_bytes(shape, method, 0, b), extra, trained)
-    peak = max(phases, key=lambda name: sum(phases[name].values()))
-    return MemoryEstimate(**phases[peak], phase=peak, phases=phases, levels=kept, step=f'plain: {why}' if why else 'fast')
+    fixed['overhead'] = _overhead(shape, trained, max(parts.get('logits_loss', 0) for parts in extra.values()), kept, recorded, torch_compile, card, correction, lean)
+    outside = _overhead(shape, 0, logits_bytes(shape, length, round(length * label_share), b), {}, False, False, card, correction)
+    later = later_phases(shape, method, fixed, outside, length, round(length * label_share), max_new_tokens, trained, b, not why)
+    phases = _all_phases(fixed, working_bytes(shape, method, 0, b), extra, trained) | later
+    return _largest(phases, kept, f'plain: {why}' if why else 'fast')
 
 # %% ../../nbs/plan/vram.ipynb #51d83fd6
 def _standing(est) -> int:
     "Bytes that are there in every phase of the fast step."
-    return est.peak - est.activations - est.logits_loss
+    return sum(est.phases['optimizer step'].values())
 
 def _away(shape, wishes) -> list:
     "The estimate with every layer's input in host memory, if there are terms for it."
@@ -228,7 +244,7 @@ def _wishes(config: RunConfig, label_share: float) -> dict:
                 length=config.max_length, optim=config.optim, dtype=('float32' if on_processor else 'bfloat16') if config.dtype == 'auto' else config.dtype,
                 double_quant=config.bnb_4bit_use_double_quant, label_share=label_share, gradient_accumulation_steps=config.gradient_accumulation_steps,
                 padding_free=False if odd or on_processor or config.padding_free is False else 'auto', torch_compile=config.torch_compile is not False,
-                card='cpu' if on_processor else 'hopper')
+                card='cpu' if on_processor else 'hopper', max_new_tokens=config.max_new_tokens)
 
 # %% ../../nbs/plan/vram.ipynb #e1c4ec2b
 def estimate_for(
@@ -237,9 +253,10 @@ def estimate_for(
     label_share: float = 1.0,    # share of positions that carry loss; 1 is the worst case
     limit_bytes: float = None,   # memory of the card, for `gradient_checkpointing: auto`; None: as if it had no end
     margin: float = 0.05,        # share of it to leave free
+    correction: int = 0,         # bytes that this card takes beyond the usual, from `outside.correction_for`
 ) -> MemoryEstimate:
     "The estimate for a run's settings, every row as long as `max_length`."
-    wishes, asked = _wishes(config, label_share), config.gradient_checkpointing
+    wishes, asked = _wishes(config, label_share) | dict(correction=correction), config.gradient_checkpointing
     if asked == 'auto' and config.objective == 'dpo': asked = config.device != 'cpu'     # pairs recompute every layer then, whole models and padded rows none
     if asked != 'auto' or limit_bytes is None: return estimate(shape, **wishes, gradient_checkpointing=asked is True)
     found = fitted(shape, limit_bytes, margin, **wishes)
