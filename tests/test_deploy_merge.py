@@ -161,3 +161,15 @@ def test_parity_needs_rows(tmp_path):
     merge(run)
     (run.data_path / 'test_examples.jsonl').write_text('')
     with pytest.raises(DataError, match='no test rows'): parity(run)
+
+
+@pytest.mark.parametrize('k', [1, 3])
+def test_answers_are_compared_row_after_row_however_few_the_card_holds(k):
+    rng, model = np.random.default_rng(0), load_base('embedded').eval()
+    encoded = [(rng.integers(5, 4000, n).tolist(), [0] + [1] * (n - 1)) for n in (9, 4, 12, 3, 7, 5, 2)]
+    whole = merging._answer_nll(model, encoded, 4, False)
+    def full(module, args, kwargs):
+        if len(kwargs['input_ids']) > k: raise torch.OutOfMemoryError('CUDA out of memory.')
+    model.base_model.register_forward_pre_hook(full, with_kwargs=True)
+    np.testing.assert_allclose(merging._answer_nll(model, encoded, 4, False), whole, atol=1e-5)
+    assert len(whole) == sum(len(ids) - 1 for ids, _ in encoded)

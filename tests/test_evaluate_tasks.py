@@ -88,3 +88,34 @@ def test_exact_match_ignores_blanks_only(text):
 def test_lists_of_different_length_are_refused():
     for f in (lambda: accuracy([], []), lambda: exact_match(['a'], ['a', 'b']), lambda: macro_f1(['a'], [], ['a'])):
         with pytest.raises(DataError): f()
+
+@pytest.mark.parametrize('k', [1, 2, 3])
+def test_scores_on_a_card_that_is_too_full(model, monkeypatch, k):
+    whole, tried, score = label_logprobs(model, PROMPTS, LABELS, batch_size=4, progress=False), [], tasks._rest_logprobs
+    def full(model, cache, mask, labels):
+        tried.append(len(mask))
+        if len(mask) > k: raise torch.OutOfMemoryError('CUDA out of memory.')
+        return score(model, cache, mask, labels)
+    monkeypatch.setattr(tasks, '_rest_logprobs', full)
+    np.testing.assert_allclose(label_logprobs(model, PROMPTS, LABELS, batch_size=4, progress=False), whole, atol=1e-5)
+    assert tried == {1: [4, 2, 1, 1, 1, 1, 1], 2: [4, 2, 2, 1], 3: [4, 2, 2, 1]}[k]
+
+@pytest.mark.parametrize('k', [1, 2, 3])
+def test_answers_on_a_card_that_fills_up_on_the_way(model, k):
+    "The cache grows with every token; the batch begins anew, by half as many."
+    whole, tried = generate_greedy(model, PROMPTS, {1}, 10, batch_size=4, progress=False), []
+    def full(module, args, kwargs):
+        ids = kwargs['input_ids']
+        if ids.shape[1] > 1: tried.append(len(ids))
+        elif len(ids) > k and kwargs['past_key_values'].get_seq_length() > 12: raise torch.OutOfMemoryError('CUDA out of memory.')
+    hook = model.base_model.register_forward_pre_hook(full, with_kwargs=True)
+    try: assert generate_greedy(model, PROMPTS, {1}, 10, batch_size=4, progress=False) == whole
+    finally: hook.remove()
+    assert tried[:2] == [4, 2] and max(tried[1:]) == 2
+
+def test_one_prompt_that_is_too_much_is_an_error(model, monkeypatch):
+    def full(*_): raise torch.OutOfMemoryError('CUDA out of memory.')
+    monkeypatch.setattr(tasks, '_greedy_batch', full)
+    monkeypatch.setattr(tasks, '_score_batch', full)
+    with pytest.raises(torch.OutOfMemoryError): generate_greedy(model, PROMPTS, {1}, 10, progress=False)
+    with pytest.raises(torch.OutOfMemoryError): label_logprobs(model, PROMPTS, LABELS, progress=False)

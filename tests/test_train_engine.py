@@ -1,16 +1,22 @@
-"Batches and loss: properties, and parity with the plain transformers computation for several model families."
+"Batches and loss: properties, and parity with the plain transformers computation for several model families; what becomes of a batch that the card cannot hold."
+import gc
+import logging
+import weakref
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from transformers import (Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
-                          Phi3Config, Phi3ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
+                          NanoChatConfig, NanoChatForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
 from homelab_ft.core import make_config
-from homelab_ft.train.engine import accumulate, batch_order, collate, count_labels, decoder_and_head, label_nll, mean_nll, padding_share
+from homelab_ft.train import engine
+from homelab_ft.train.engine import (ONE_ROW, accumulate, batch_order, collate, count_labels, decoder_and_head, in_batches, label_nll, mean_nll, odd_parts,
+                                     padding_share, precision)
 from homelab_ft.train.lora import attach_lora
-from homelab_ft.train.quantize import load_base
+from homelab_ft.train.quantize import load_base, memory_advice
 
 SMALL = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
 FAMILIES = {'llama': (LlamaConfig, LlamaForCausalLM, dict(tie_word_embeddings=True)), 'qwen3': (Qwen3Config, Qwen3ForCausalLM, dict(head_dim=8)),
@@ -133,3 +139,184 @@ def test_a_batch_without_labels_is_worth_nothing():
     both = accumulate(model, [collate(rows, [0], 0), collate(rows, [1], 0)])
     assert alone[1] == both[1] == 1 and alone[0].item() == both[0].item()
     assert label_nll(model, collate(rows, [0], 0))[0].numel() == 0
+
+
+# ---------------------------------------------------------------- logits that are squashed
+
+
+def gemma(cap=30., dtype=torch.float32, **more):
+    "Gemma 2 with weights so wide that squashing shows."
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(Gemma2Config(**SMALL | dict(initializer_range=0.3, head_dim=8, sliding_window=5, final_logit_softcapping=cap, attn_implementation='eager') | more)).eval().to(dtype)
+
+
+def head_calls(model):
+    "Shapes of what the output head is asked, growing."
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda head, given, out: seen.append(tuple(given[0].shape[:-1])))
+    return seen
+
+
+@pytest.mark.parametrize('cap', [0.5, 1., 30., None])
+@pytest.mark.parametrize('peft', [False, True])
+def test_squashed_logits_are_made_where_they_are_learned(cap, peft):
+    model, batch = gemma(cap), collate(random_rows(), [0, 1, 2, 3, 4], 0)
+    if peft:
+        model = attach_lora(model, make_config(lora_r=4))
+        for name, p in model.named_parameters():
+            if 'lora_B' in name: torch.nn.init.normal_(p, std=0.1)
+        model.eval()
+    expected = reference(model, batch)
+    expected.backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    seen = head_calls(model)
+    loss, n = accumulate(model, [batch])
+    assert seen == [(n,)] and abs(loss.item() - expected.item()) <= 1e-5 * expected.item()
+    assert wanted and all((p.grad - wanted[n]).norm() <= 1e-5 * wanted[n].norm() + 1e-8 for n, p in model.named_parameters() if n in wanted)
+    assert (decoder_and_head(model) is None) == bool(odd_parts(model)) == (cap is not None)
+
+
+def test_squashing_shows_in_these_tests():
+    "A cap left out would be seen."
+    batch = collate(random_rows(), [0, 1, 2, 3, 4], 0)
+    with torch.no_grad(): losses = [label_nll(gemma(cap), batch)[0].mean().item() for cap in (0.5, 1., 30., None)]
+    assert all(abs(a - b) > 1e-3 for a, b in zip(losses, losses[1:]))
+
+
+def test_squashed_in_bfloat16_as_near_to_float32_as_full_logits():
+    ours = theirs = 0.
+    for seed in range(5):
+        batch = collate(random_rows(8, seed), list(range(8)), 0)
+        model = gemma(dtype=torch.bfloat16)
+        exact = gemma(dtype=torch.bfloat16).float()
+        rows, at = engine.label_positions(batch['labels'])
+        full = lambda m: F.cross_entropy(m(input_ids=batch['input_ids'], use_cache=False).logits[rows, at].float(), batch['labels'][rows, at + 1], reduction='none')
+        with torch.no_grad():
+            want, got = full(exact), label_nll(model, batch)[0]
+            with precision(model): plain = full(model)
+        ours, theirs = ours + (got - want).abs().sum().item(), theirs + (plain - want).abs().sum().item()
+    assert 0 < ours <= 1.1 * theirs
+
+
+@pytest.mark.parametrize('config, cls, extra', [(CohereConfig, CohereForCausalLM, 'logit_scale'), (GraniteConfig, GraniteForCausalLM, 'logits_scaling'),
+                                                (NanoChatConfig, NanoChatForCausalLM, 'final_logit_softcapping')])
+def test_what_is_unknown_keeps_full_logits(config, cls, extra, caplog):
+    "Scaled logits, and a family whose squashing nobody has compared."
+    engine._log_once.cache_clear()
+    torch.manual_seed(0)
+    model = cls(config(**SMALL | ({extra: 2.} if extra == 'logits_scaling' else {}))).eval()
+    seen, batch = head_calls(model), collate(random_rows(), [0, 1, 2, 3, 4], 0)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, 'homelab_ft'):
+        got = label_nll(model, batch)[0]
+        assert seen == [tuple(batch['input_ids'].shape)] and abs(got.mean() - reference(model, batch)) < 1e-5
+    assert decoder_and_head(model) is None and extra in caplog.text
+
+
+@pytest.mark.parametrize('make', [gemma, lambda: load_base('embedded').requires_grad_(True)], ids=['gemma2', 'embedded'])
+def test_slices_of_logits_change_nothing(make, monkeypatch):
+    model, rows = make(), random_rows(6)
+    vocab = model.config.vocab_size
+    batch = collate(rows, list(range(6)), 0)
+    with torch.no_grad(): whole = label_nll(model, batch)[0]
+    monkeypatch.setattr(engine, 'LOGITS_AT_ONCE', 3 * vocab + 1)
+    seen = head_calls(model)
+    with torch.no_grad(): sliced = label_nll(model, batch)[0]
+    assert {n for n, in seen[:-1]} == {3} and 1 <= seen[-1][0] <= 3 and sum(n for n, in seen) == len(whole)
+    assert (whole - sliced).abs().max() < 1e-5
+    seen.clear()
+    accumulate(model, [batch])
+    assert seen == [(len(whole),)]      # a gradient keeps all logits anyway
+
+
+# ---------------------------------------------------------------- a batch that is too much
+
+
+def holds(k, work, tried=None):
+    "As `work` on a card that holds `k` rows."
+    def limited(rows):
+        if tried is not None: tried.append(len(rows))
+        if len(rows) > k: raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+        return work(rows)
+    return limited
+
+
+@given(st.integers(0, 40), st.integers(1, 20), st.integers(1, 20))
+@settings(max_examples=200, deadline=None)
+def test_rows_come_once_and_in_order_however_few_the_card_holds(n, batch_size, k):
+    rows, tried = [f'row {i}' for i in range(n)], []
+    found = list(in_batches(rows, batch_size, holds(k, lambda part: [r.upper() for r in part], tried)))
+    assert sum((part for part, _ in found), []) == rows and sum((done for _, done in found), []) == [r.upper() for r in rows]
+    assert all(len(part) <= min(k, batch_size) for part, _ in found)
+    assert sum(t > k for t in tried) <= 5 and tried[:1] == ([min(n, batch_size)] if n else [])      # 20 halves five times at most
+    sizes = [len(part) for part, _ in found[:-1]]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) <= 1
+
+
+def test_a_size_that_fails_later_stays_small_from_there():
+    "Rows become longer; what was possible before is not tried again."
+    tried = []
+    def work(rows):
+        tried.append(len(rows))
+        if len(rows) * rows[-1] > 24: raise torch.OutOfMemoryError('full')
+        return rows
+    assert sum((done for _, done in in_batches(list(range(1, 13)), 4, work)), []) == list(range(1, 13))
+    assert tried == [4, 4, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize('error, tries', [(torch.OutOfMemoryError, [4, 2, 1]), (RuntimeError, [4]), (KeyboardInterrupt, [4])])
+def test_one_row_that_is_too_much_raises_the_error_as_it_is(error, tries):
+    tried, raised = [], error('CUDA out of memory. Tried to allocate 2.00 GiB.')
+    def work(rows):
+        tried.append(len(rows))
+        raise raised
+    with pytest.raises(error) as seen: list(in_batches([1, 2, 3, 4, 5], 4, work))
+    assert seen.value is raised and tried == tries
+    advice = str(memory_advice(raised)) if error is torch.OutOfMemoryError else ''
+    assert (ONE_ROW in advice and 'smaller max_length' in advice and 'halve' not in advice) == bool(advice)
+
+
+def test_what_failed_is_gone_before_the_next_try(monkeypatch):
+    "An exception holds frames and so tensors; nobody waits for the garbage collector."
+    class Tensor: pass
+    alive, emptied = [], []
+    monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: emptied.append([a() is None for a in alive]))
+    def deep(rows):
+        large = Tensor()
+        alive.append(weakref.ref(large))
+        if len(rows) > 1: raise torch.OutOfMemoryError('full')
+        return len(rows)
+    def work(rows):
+        assert all(a() is None for a in alive)
+        return deep(rows)
+    gc.disable()
+    try: assert [n for _, n in in_batches([1, 2, 3, 4], 4, work)] == [1] * 4
+    finally: gc.enable()
+    assert emptied == [[True], [True, True]]
+
+
+def test_one_warning_says_from_what_to_what(caplog):
+    engine._log_once.cache_clear()
+    with caplog.at_level(logging.WARNING, 'homelab_ft'):
+        list(in_batches(list(range(9)), 4, holds(9, len)))
+        assert not caplog.records
+        for _ in range(3): list(in_batches(list(range(9)), 8, holds(2, len)))
+    assert [r.getMessage() for r in caplog.records] == ['8 rows at a time are too many for the card; from here on 2']
+
+
+def limit_rows(model, k):
+    "A model on a card that holds `k` rows."
+    def check(module, args, kwargs):
+        if len(kwargs['input_ids']) > k: raise torch.OutOfMemoryError('CUDA out of memory.')
+    return model.base_model.register_forward_pre_hook(check, with_kwargs=True)
+
+
+@pytest.mark.parametrize('k', [1, 2, 3, 5])
+def test_validation_loss_on_a_card_that_is_too_full(k):
+    model, rows = load_base('embedded').train(), random_rows(11)
+    whole = mean_nll(model, rows, batch_size=8)
+    hook = limit_rows(model, k)
+    assert mean_nll(model, rows, batch_size=8) == pytest.approx(whole, rel=1e-6) and model.training
+    hook.remove()
+    limit_rows(model, 0)
+    with pytest.raises(torch.OutOfMemoryError): mean_nll(model, rows, batch_size=8)

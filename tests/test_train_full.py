@@ -113,7 +113,7 @@ def test_a_card_takes_the_plain_step_too():
     config = make_config(method='full', dtype='bfloat16', label_smoothing_factor=0.1)
     engine = _engine(attach(load_base('embedded', 'full'), config, 'bfloat16'), config, None, 'cuda', 'bfloat16')       # as on a card; nothing is computed here
     assert isinstance(engine, Rectangles) and (engine.paths['rows'], engine.paths['loss'], engine.label_smoothing) == ('all weights learn', 'on', 0.1)
-    assert engine.loss is lean_loss and _engine(engine.model, config, None, 'cpu', 'bfloat16').loss is None
+    assert engine.lean is lean_loss and _engine(engine.model, config, None, 'cpu', 'bfloat16').lean is None
 
 def whole_gradient(model, cache, **how):
     "Loss and gradient of all weights over two passes, in float32."
@@ -143,7 +143,7 @@ def test_an_odd_head_keeps_full_logits():
     model = attach(load_base('embedded', 'full'), make_config(method='full'))
     model.config.logit_scale = 2.
     step = Rectangles(model, 'odd', loss=lean_loss)
-    assert step.loss is None and 'loss' not in step.paths
+    assert step.lean is None and 'loss' not in step.paths
 
 def test_whole_models_have_no_full_logits_on_a_card():
     "Rehearsed without one: three quarters of what the logits of all positions took are gone."

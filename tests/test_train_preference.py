@@ -94,6 +94,20 @@ def test_reference_is_the_base_and_not_the_adapter_as_it_was(folder):
     assert all(torch.equal(moved[k], v) for k, v in adapter_tensors(steps.model).items())
 
 
+@pytest.mark.parametrize('k', [1, 2])
+def test_validation_on_a_card_that_is_too_full(folder, k):
+    pairs = pairs_of(7)
+    steps, tried = engine(folder, pairs), []
+    loss, seen = steps.mean_loss(pairs, 4)
+    def full(module, args, kwargs):
+        tried.append(len(kwargs['input_ids']) // 2)
+        if tried[-1] > k: raise torch.OutOfMemoryError('CUDA out of memory.')
+    steps.model.get_base_model().base_model.register_forward_pre_hook(full, with_kwargs=True)
+    again, watched = steps.mean_loss(pairs, 4)
+    assert again == pytest.approx(loss, rel=1e-5) and watched == pytest.approx(seen, rel=1e-5, abs=1e-6)
+    assert tried[:2] == [4, 2] and max(tried[1:]) == 2 and steps.model.training
+
+
 def test_adapter_of_a_quantized_model_stays_in_float32(folder):
     steps = engine(folder, pairs_of(3), method='qlora', moved=False)
     trained = {n: p for n, p in steps.model.named_parameters() if p.requires_grad}

@@ -10,7 +10,6 @@ import gc, json, logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
-from tqdm.auto import tqdm
 from ..core import DataError, RunConfig, RunError, model_path
 from ..files import Table, now, read_jsonl, write_json
 from ..plan.hardware import check_disk, check_writable
@@ -18,7 +17,7 @@ from ..data.chat import encode, end_of_turn_ids, load_tokenizer, prompt_ids, ren
 from ..data.plain import encode_text, end_ids, holds_text, is_text
 from ..data.tokenize import make_cache
 from ..train.checkpoint import write_folder
-from ..train.engine import collate, label_nll
+from ..train.engine import collate, in_batches, label_nll
 from ..train.lora import load_adapter, need_trained
 from ..train.quantize import load_base, resolve_device, resolve_dtype
 from ..train.watch import RunFolder
@@ -111,15 +110,14 @@ def merge(
 def _answer_nll(
     model,                 # causal language model
     encoded: list,         # `Encoded` rows
-    batch_size: int,       # rows per forward pass
+    batch_size: int,       # rows per forward pass; fewer where the card is too full
     progress: bool,        # show a bar
 ) -> np.ndarray:           # float32 [answer tokens of all rows], nats
     "NLL of every answer token, row after row."
     import torch
     cache = make_cache([tuple(e) for e in encoded], list(range(len(encoded))))
-    starts = tqdm(range(0, len(cache), batch_size), desc='parity', disable=not progress, leave=False)
-    with torch.inference_mode():
-        parts = [label_nll(model, collate(cache, list(range(i, min(i + batch_size, len(cache)))), 0))[0] for i in starts]
+    measure = lambda rows: label_nll(model, collate(cache, list(rows), 0))[0]
+    with torch.inference_mode(): parts = [nll for _, nll in in_batches(range(len(cache)), batch_size, measure, 'parity' if progress else '')]
     return torch.cat(parts).cpu().numpy()
 
 # %% ../../nbs/deploy/merge.ipynb #cfe93563

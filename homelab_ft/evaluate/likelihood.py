@@ -8,15 +8,14 @@ __all__ = ['MIN_ROWS', 'row_nll', 'perplexity', 'Interval', 'paired_bootstrap', 
 # %% ../../nbs/evaluate/likelihood.ipynb #c5bdedc9
 from dataclasses import dataclass
 import numpy as np
-from tqdm.auto import tqdm
 from ..core import DataError
-from ..train.engine import collate, label_nll
+from ..train.engine import collate, in_batches, label_nll
 
 # %% ../../nbs/evaluate/likelihood.ipynb #c879ba72
 def row_nll(
     model,                    # causal language model, in eval mode
     cache,                    # tokenized rows: `len(cache)`, `cache.lengths`, `cache.row(i) -> (ids, mask)`
-    batch_size: int = 16,     # rows per forward pass
+    batch_size: int = 16,     # rows per forward pass; fewer where the card is too full
     progress: bool = True,    # show a bar
 ) -> tuple:                   # `(nll, tokens)`: float64 [n] in nats, int64 [n]
     "Sum of the negative log-likelihood over each row's answer tokens, and how many these are."
@@ -24,9 +23,8 @@ def row_nll(
     nll, tokens = np.zeros(len(cache)), np.zeros(len(cache), dtype=np.int64)
     order = np.argsort(-np.asarray(cache.lengths), kind='stable')
     with torch.inference_mode():
-        for i in tqdm(range(0, len(order), batch_size), desc='likelihood', disable=not progress, leave=False):
-            rows = order[i:i + batch_size]
-            losses, index = label_nll(model, collate(cache, rows.tolist(), 0))
+        measure = lambda rows: label_nll(model, collate(cache, rows.tolist(), 0))
+        for rows, (losses, index) in in_batches(order, batch_size, measure, 'likelihood' if progress else ''):
             index = index.cpu().numpy()
             nll[rows] = np.bincount(index, losses.double().cpu().numpy(), len(rows))
             tokens[rows] = np.bincount(index, minlength=len(rows))

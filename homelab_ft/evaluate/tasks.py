@@ -9,10 +9,9 @@ __all__ = ['CACHED_POSITIONS', 'label_logprobs', 'accuracy', 'macro_f1', 'confus
 # %% ../../nbs/evaluate/tasks.ipynb #2a15e351
 import copy, re
 import numpy as np
-from tqdm.auto import tqdm
 from ..core import DataError
 from ..files import Table
-from ..train.engine import precision
+from ..train.engine import in_batches, precision
 
 # %% ../../nbs/evaluate/tasks.ipynb #3452361f
 def _left_pad(
@@ -35,13 +34,11 @@ def _positions(
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 # %% ../../nbs/evaluate/tasks.ipynb #bbd95939
-def _batches(
+def _longest_first(
     rows: list,         # token id lists
-    batch_size: int,    # rows per batch
-) -> list:              # lists of indices into `rows`
-    "Indices in batches of similar length, the longest first, so that too large a batch fails at once."
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+) -> list:              # indices into `rows`
+    "The order in which rows are read."
+    return sorted(range(len(rows)), key=lambda i: -len(rows[i]))
 
 # %% ../../nbs/evaluate/tasks.ipynb #b60c45dd
 def _check_rows(
@@ -100,7 +97,7 @@ def label_logprobs(
     prompts: list,            # n token id lists, each ending where the answer starts
     labels: list,             # m token id lists, each with its end-of-turn token
     pad_id: int = 0,          # fills shorter prompts; masked, so any id does
-    batch_size: int = 8,      # prompts per forward pass
+    batch_size: int = 8,      # prompts per forward pass; fewer where the card is too full
     progress: bool = True,    # show a bar
 ) -> np.ndarray:              # float64 [n, m], nats, all <= 0
     "Log-probability of each label as the whole answer to each prompt; each prompt is read once. `DataError` for an empty row."
@@ -109,9 +106,9 @@ def label_logprobs(
     _check_rows(labels, 'a label')
     order = sorted(range(len(labels)), key=lambda j: len(labels[j]))
     scores = np.empty((len(prompts), len(labels)))
+    measure = lambda rows: _score_batch(model, [prompts[i] for i in rows], [labels[j] for j in order], pad_id)
     with torch.inference_mode(), precision(model):
-        for rows in tqdm(_batches(prompts, batch_size), desc='labels', disable=not progress, leave=False):
-            batch = _score_batch(model, [prompts[i] for i in rows], [labels[j] for j in order], pad_id)
+        for rows, batch in in_batches(_longest_first(prompts), batch_size, measure, 'labels' if progress else ''):
             scores[np.ix_(rows, order)] = batch.cpu().numpy()
     return scores
 
@@ -219,16 +216,17 @@ def generate_greedy(
     end_ids,                  # set of token ids that end an answer
     max_new_tokens: int,      # at most so many tokens per answer
     pad_id: int = 0,          # fills shorter prompts; masked, so any id does
-    batch_size: int = 16,     # prompts per forward pass
+    batch_size: int = 16,     # prompts per forward pass; fewer where the card is too full
     progress: bool = True,    # show a bar
 ) -> list:                    # n token id lists, in the order of the prompts, without the end token
     "The most probable token again and again, until the end of the turn. `DataError` for an empty prompt."
     import torch
     _check_rows(prompts, 'a prompt')
     answers = [None] * len(prompts)
+    answer = lambda rows: _greedy_batch(model, [prompts[i] for i in rows], set(end_ids), max_new_tokens, pad_id)
     with torch.inference_mode(), precision(model):
-        for rows in tqdm(_batches(prompts, batch_size), desc='answers', disable=not progress, leave=False):
-            for i, answer in zip(rows, _greedy_batch(model, [prompts[i] for i in rows], set(end_ids), max_new_tokens, pad_id)): answers[i] = answer
+        for rows, given in in_batches(_longest_first(prompts), batch_size, answer, 'answers' if progress else ''):
+            for i, tokens in zip(rows, given): answers[i] = tokens
     return answers
 
 # %% ../../nbs/evaluate/tasks.ipynb #35502914

@@ -17,7 +17,7 @@ from ..core import ConfigError, DataError, ModelError, RunConfig
 from ..data.chat import load_tokenizer
 from ..data.pairs import Answers, Pairs
 from ..data.tokenize import load_cache
-from .engine import Rectangles, collate, label_nll, precision
+from .engine import Rectangles, collate, in_batches, label_nll, precision
 
 # %% ../../nbs/train/preference.ipynb #cd03a43a
 def _answer_logps(
@@ -211,16 +211,14 @@ def check_pair(
 @patch
 def mean_loss(self: PairSteps,
     pairs: Pairs,           # held-out pairs
-    batch_size: int = 16,   # pairs at a time
+    batch_size: int = 16,   # pairs at a time; fewer where the card is too full
 ) -> tuple:                 # `(nats per pair, what is watched)`
     "Mean loss of all pairs, without gradient."
     import torch
     order, was_training, parts, total = pairs.lengths.argsort(kind='stable').tolist(), self.model.training, [], 0.
     self.model.eval()
     with torch.no_grad():
-        for i in range(0, len(order), batch_size):
-            rows = order[i:i + batch_size]
-            loss, seen = self.loss(pairs, rows)
+        for rows, (loss, seen) in in_batches(order, batch_size, lambda rows: self.loss(pairs, rows)):
             total, parts = total + float(loss) * len(rows), parts + [(len(rows), seen)]
     self.model.train(was_training)
     return total / len(order), _mean(parts)

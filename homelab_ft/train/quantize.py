@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..core import ConfigError, HardwareError, ModelError, RunConfig, model_path
 from ..files import file_fingerprint, fingerprint
+from .engine import ONE_ROW
 
 # %% ../../nbs/train/quantize.ipynb #0253ac26
 def resolve_device(
@@ -203,5 +204,7 @@ def memory_advice(
 ) -> Exception:             # a `HardwareError` for a full card, else the same error
     "A full card in our words."
     if type(error).__name__ != 'OutOfMemoryError': return error
-    return HardwareError('the card is out of memory', value=str(error).split('. ')[0], next_step='halve per_device_train_batch_size and double '
-                         'gradient_accumulation_steps, or set gradient_checkpointing=true, method=qlora, or a smaller max_length')
+    alone = ONE_ROW in getattr(error, '__notes__', [])
+    smaller = 'halve per_device_train_batch_size and double gradient_accumulation_steps, or set gradient_checkpointing=true, method=qlora, or a smaller max_length'
+    return HardwareError('the card is out of memory', value=str(error).split('. ')[0] + f'; {ONE_ROW}' * alone,
+                         next_step='close what else uses the card, or set method=qlora or a smaller max_length' if alone else smaller)
