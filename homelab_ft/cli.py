@@ -277,6 +277,9 @@ def _fail(
     "Print an error for a person; the code says whose mistake it is."
     import traceback
     if debug: traceback.print_exception(error)
+    if type(error).__name__ == 'OutOfMemoryError':      # PyTorch is not loaded for its name
+        from homelab_ft.train.quantize import memory_advice
+        error = memory_advice(error)
     ours = not isinstance(error, (HomelabError, OSError))
     print(f'homelab-ft: {type(error).__name__}: {error}' if ours or isinstance(error, OSError) else f'homelab-ft: {error}', file=sys.stderr)
     if ours and not debug: print('  next step: repeat the command with --debug and report what it shows', file=sys.stderr)

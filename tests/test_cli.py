@@ -209,3 +209,17 @@ def test_a_probe_needs_a_card(here, capfd):
     if torch.cuda.is_available(): pytest.skip('there is a card')
     assert main(['plan', '--probe', '--model', 'SmolLM2-135M']) == 2
     assert 'no card to probe' in capfd.readouterr().err
+
+
+def test_a_full_card_is_the_persons_to_mend(monkeypatch, capsys):
+    torch = pytest.importorskip('torch')
+    from homelab_ft import cli
+
+    def full(*_):
+        "As PyTorch says it."
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB.')
+
+    monkeypatch.setattr(cli, 'read_settings', full)
+    assert main(['data', '--data', 'x.csv']) == 2
+    said = capsys.readouterr().err
+    assert 'the card is out of memory' in said and 'next step' in said and '--debug' not in said
