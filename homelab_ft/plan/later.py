@@ -62,17 +62,16 @@ def pass_bytes(
     return round(numbers + tokens * all_the_time + max(mlp, tokens * (stream * _attention(shape, method, b, kind) + in_attention)))
 
 # %% ../../nbs/plan/later.ipynb #cb5a62f4
-SLICE = 2**27    # logits at a time, as `train.engine` takes them
+SLICE = 2**25    # logits at a time, as `train.engine` takes them
 
 def logits_bytes(
     shape,               # the model, a `ModelShape`
-    positions: int,      # of all rows
-    learned: int,        # of them, those that carry loss
+    learned: int,        # positions that carry loss
     b: int = 2,          # bytes per value
 ) -> int:
     "Bytes of logits and cross-entropy without gradients, with the hidden states they are made of."
-    if shape.eager: return max(2 * b * positions, 8 * learned) * shape.vocab_size
-    return 8 * min(learned, max(1, SLICE // shape.vocab_size)) * shape.vocab_size + b * learned * shape.hidden_size
+    each = max(8, 3 * b) if shape.eager else 8
+    return each * min(learned, max(1, SLICE // shape.vocab_size)) * shape.vocab_size + b * learned * shape.hidden_size
 
 # %% ../../nbs/plan/later.ipynb #571ed7ab
 def _kind(method, b, fast, trained) -> str:
@@ -94,7 +93,7 @@ def evaluation_bytes(
     "What it takes to measure rows' likelihood."
     kind, matrices = _kind(method, b, fast, trained), shape.num_hidden_layers * shape.linear_params + shape.vocab_size * shape.hidden_size
     copies = dict(mixed=dict(weights=2 * matrices), peft=dict(adapter=2 * trained * (b == 2))).get(kind, {})
-    layers, logits = pass_bytes(shape, method, batch_size, length, b, kind), logits_bytes(shape, batch_size * length, learned, b)
+    layers, logits = pass_bytes(shape, method, batch_size, length, b, kind), logits_bytes(shape, learned, b)
     return copies | (dict(activations=layers) if layers > logits else dict(logits_loss=logits))
 
 # %% ../../nbs/plan/later.ipynb #0686fc34

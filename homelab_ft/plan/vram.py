@@ -188,7 +188,7 @@ def estimate(
     else: extra = fast_phases(shape, method, kept, batch_size * length, learned, lora_r, torch_compile, chunk)
     fixed = _fixed(shape, method, trained, double_quant, optim, b, not why, card)
     fixed['overhead'] = _overhead(shape, trained, max(parts.get('logits_loss', 0) for parts in extra.values()), kept, recorded, torch_compile, card, correction, lean)
-    outside = _overhead(shape, 0, logits_bytes(shape, length, round(length * label_share), b), {}, False, False, card, correction)
+    outside = _overhead(shape, 0, logits_bytes(shape, round(length * label_share), b), {}, False, False, card, correction)
     later = later_phases(shape, method, fixed, outside, length, round(length * label_share), max_new_tokens, trained, b, not why)
     phases = _all_phases(fixed, working_bytes(shape, method, 0, b), extra, trained) | later
     return _largest(phases, kept, f'plain: {why}' if why else 'fast')
