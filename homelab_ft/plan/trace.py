@@ -7,7 +7,7 @@ __all__ = ['ALTERNATING', 'MemoryTrace', 'trace_table', 'stand_ins', 'on_the_lin
            'peak_parts', 'fit_trace']
 
 # %% ../../nbs/plan/trace.ipynb #2dbd39b9
-import json, subprocess, sys, time
+import json, os, subprocess, sys, time
 from dataclasses import dataclass, field
 
 from .. import core
@@ -121,7 +121,8 @@ def _check_pass(config, shape, levels, tile, chunk):
 # %% ../../nbs/plan/trace.ipynb #97ce814a
 def _ask(request: dict) -> list:
     "What the rehearsals say; an error of theirs as if it had happened here."
-    done = subprocess.run([sys.executable, '-P', '-W', 'ignore', '-m', 'homelab_ft.train.rehearse'], input=json.dumps(request), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-P', '-W', 'ignore', '-m', 'homelab_ft.train.rehearse'], input=json.dumps(request), capture_output=True, text=True,
+                          env=os.environ | dict(OMP_NUM_THREADS='1'))      # nothing is computed, and threads that wait are in each other's way
     try: said = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         raise RunError('the rehearsal broke off', value=(done.stderr.strip().splitlines() or ['no message'])[-1], next_step='plan.vram has a formula for this') from None
