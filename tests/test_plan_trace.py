@@ -120,7 +120,8 @@ def test_states_are_those_of_the_real_optimizer(optim):
 def test_paged_states_are_in_host_memory():
     wide = TINY | dict(hidden_size=512, intermediate_size=8192, num_hidden_layers=2)     # 16 x 8192 values are paged, 16 x 512 are not
     given = dict(per_device_train_batch_size=1, max_length=32)
-    paged, plain = (rehearse(make_config(optim=optim, **given), Scene(wide, ['keep'] * 2, card='cpu'))[0] for optim in ('paged_adamw_32bit', 'adamw_torch'))
+    made = [rehearse(make_config(optim=optim, **given), Scene(wide, ['keep'] * 2, card='cpu')) for optim in ('paged_adamw_32bit', 'adamw_torch')]
+    paged, plain = (witness for witness, _ in made)       # while its job exists, so do the states
     waiting = sum(n for n, _ in paged.host.events)
     assert waiting == 2 * 4 * 2 * 3 * 16 * 8192          # two states, float32, two layers, three matrices with a side of 8192
     assert not plain.host.events
