@@ -274,3 +274,8 @@ def test_a_card_of_this_machine_is_used(monkeypatch, tmp_path):
     (here, chosen), (there, usual) = settle(config, [2048]), settle(config, [2048], 12 * GiB)
     assert settle(config, [2048], 12 * GiB, 300_000_000) == (here, chosen) and here == there
     assert estimate_for(here, SHAPES['Llama-3.1-8B'], correction=300_000_000).peak - estimate_for(here, SHAPES['Llama-3.1-8B']).peak == 300_000_000
+
+
+def test_long_answers_are_planned_for():
+    short, long = (settle(make_config(model='Llama-2-7B', max_length=512, max_new_tokens=n), [512], 40 * GiB)[1] for n in (16, 3000))
+    assert long.memory.phases['generation']['activations'] > short.memory.phases['generation']['activations'] + GiB

@@ -70,6 +70,12 @@ def test_logits_come_in_slices(script):
     assert logits_bytes(llama, 10**5) == logits_bytes(gemma, 10**5) < 0.4 * GiB < logits_bytes(gemma, 10**5, 4)
 
 
+def test_plans_know_how_many_logits_there_are_at_a_time():
+    from homelab_ft.plan import plain
+    from homelab_ft.train import engine, loss
+    assert (later.SLICE, plain.LEAN_LOGITS) == (engine.LOGITS_AT_ONCE, loss.LEAN_LOGITS)
+
+
 def test_the_kept_figures_are_todays():
     "The table of the notebook, by today's formula."
     script = runpy.run_path(str(SCRIPT))

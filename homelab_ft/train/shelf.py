@@ -22,6 +22,7 @@ def _side_stream(device):
 # %% ../../nbs/train/shelf.ipynb #728e8848
 PIECE = 2**26       # bytes of page-locked memory in one piece; a power of two
 
+# %% ../../nbs/train/shelf.ipynb #ab7a257a
 def _pieces(
     x,              # tensor without gaps in its memory
 ) -> tuple:         # of tensors [n], views of `x`
@@ -156,5 +157,6 @@ def remembering(self: Shelf,
     "A layer that computes attention once: the run with gradients reads what the one without wrote."
     recall = _Recall(self)
     def run(x):
+        "The layer, its attention noted or recalled."
         with recall: return layer(x)
     return run
