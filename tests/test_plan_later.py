@@ -179,7 +179,7 @@ def test_evaluation_counts_where_it_is_the_peak(monkeypatch):
 
 def test_long_answers_count():
     shape = SHAPES['Llama-2-7B']
-    short, long = (estimate_for(make_config(method='qlora', per_device_train_batch_size=1, max_length=64, max_new_tokens=n), shape) for n in (64, 3000))
+    short, long = (estimate_for(make_config(method='qlora', per_device_train_batch_size=1, max_length=64, max_new_tokens=n), shape) for n in (64, 4000))
     assert short.phase != 'generation' == long.phase and long.phases['loss'] == short.phases['loss']
     assert long.phases['generation']['activations'] - short.phases['generation']['activations'] > 1024 * 1024 * GiB // 2**21
 

@@ -1,12 +1,11 @@
-"""Make homelab_ft/plan/terms.json, what the closed form of the fast step knows: python tools/make_terms.py [METHOD/LEVEL/FAMILY/LAYERS ...]
+"""Make homelab_ft/plan/terms.json, what the closed form of the fast step knows: python tools/make_terms.py [METHOD/LEVEL/FAMILY/LAYERS[/TARGETS] ...]
+Modes with targets, those where not all matrices are adapted, go to terms_few.json.
 
 Every mode is a toy with two layers, rehearsed with each of its sizes doubled, and again with a third layer (see the page on terms).
 Modes that are named are made again, all if none is; the file is written after each, so that the work can go on where it was left."""
 import gc, json, sys, time
-from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from tqdm.auto import tqdm
@@ -15,12 +14,15 @@ from homelab_ft.files import write_atomic
 from homelab_ft.plan import terms
 from homelab_ft.plan.ledger import Ledger
 from homelab_ft.plan.models import known_config
-from homelab_ft.train import rehearse, thin
+from homelab_ft.train import rehearse
 from homelab_ft.train.watch import versions
 
-OUT = Path(__file__).resolve().parents[1] / 'homelab_ft/plan/terms.json'
+PLAN = Path(__file__).resolve().parents[1] / 'homelab_ft/plan'
 FAMILIES = dict(llama='Llama-3.1-8B', qwen3='Qwen3-8B', qwen2='Qwen2.5-7B', phi3='Phi-3-mini')    # a model of each
-MODES = ['/'.join(m) for m in product(('qlora', 'lora', 'int8'), ('keep', 'mlp', 'layer', 'offload'), FAMILIES, ('compiled', 'eager'))]
+LAYERS = 'compiled', 'eager'
+MODES = ['/'.join(m) for m in product(('qlora', 'lora', 'int8'), ('keep', 'mlp', 'layer', 'offload'), FAMILIES, LAYERS)]
+FEW = 'q_proj+v_proj', 'q_proj+k_proj+v_proj+o_proj'       # other adapted matrices than all of them
+MODES += ['/'.join(m) for m in product(('qlora', 'lora'), ('keep', 'mlp', 'layer'), [f for f in FAMILIES if f != 'phi3'], LAYERS, FEW)]
 KEYS = dict(h='hidden_size', A='num_attention_heads', G='num_key_value_heads', D='head_dim', i='intermediate_size', v='vocab_size')
 SIZES = dict(h=512, A=8, G=2, D=64, i=1536, v=12288, b=2, n=1024, r=16, p=1024)     # beside those: rows, their length, rank, learned positions
 PHASES = ('forward', 'loss', 'backward', 'collect')
@@ -33,34 +35,18 @@ def toy(family, layers, sizes):
     return raw
 
 
-def marked_collect(witness, collect):
-    "The way of gradients to the float32 matrices, as a phase of its own."
-    def marked(copies):
-        "The same, announced."
-        witness.mark('collect')
-        return collect(copies)
-    return marked
-
-
 def ledger(mode, layers, sizes):
     "Two rehearsed steps; storages must die in order, so nothing is collected meanwhile."
-    method, level, family, layers_are = mode.split('/')
-    config = make_config(model=FAMILIES[family], method=method, lora_r=sizes['r'], lora_alpha=32, max_length=sizes['n'],
+    method, level, family, layers_are, *few = mode.split('/')
+    config = make_config(model=FAMILIES[family], method=method, lora_r=sizes['r'], lora_alpha=32, max_length=sizes['n'], target_modules=few[0].split('+') if few else 'all-linear',
                          per_device_train_batch_size=sizes['b'], torch_compile=layers_are == 'compiled', padding_free=True)
     scene = rehearse.Scene(raw=toy(family, layers, sizes), levels=[level] * layers, shape=(sizes['b'] * sizes['n'], sizes['p'], 8), gradients=False)
     torch._dynamo.reset()
     gc.collect()
     gc.disable()
-    make, named, collect = rehearse.make_job, rehearse._name_weights, thin.ThinCopies.collect
-    def watched(witness, model):
-        "Names weights; from here on the witness is known."
-        stack.enter_context(patch.object(thin.ThinCopies, 'collect', marked_collect(witness, collect)))
-        return named(witness, model)
     try:
-        with ExitStack() as stack:
-            stack.enter_context(patch.object(rehearse, '_name_weights', watched))
-            witness, _ = rehearse.rehearse(config, scene)
-            return Ledger(list(witness.book.events), list(witness.book.marks), dict(witness.book.kinds))
+        witness, _ = rehearse.rehearse(config, scene)
+        return Ledger(list(witness.book.events), list(witness.book.marks), dict(witness.book.kinds))
     finally: gc.enable()
 
 
@@ -94,10 +80,11 @@ def main(*modes):
         except Exception as e:
             print(f'{mode}: {type(e).__name__}: {str(e)[:200]}', flush=True)
             continue
-        found = json.loads(OUT.read_text()) if OUT.exists() else dict(modes={})
+        out = PLAN / ('terms.json' if mode.count('/') == 3 else 'terms_few.json')
+        found = json.loads(out.read_text()) if out.exists() else dict(modes={})
         found['modes'][mode] = made
         found |= dict(made=dict(date=time.strftime('%Y-%m-%d'), versions=versions()))
-        write_atomic(OUT, json.dumps(found, separators=(',', ':')) + '\n')
+        write_atomic(out, json.dumps(found, separators=(',', ':')) + '\n')
         print(f'{mode}: {time.time() - began:.0f} s', flush=True)
 
 

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 
 from fastcore.basics import patch
 
-from ..core import MiB
-
 # %% ../../nbs/plan/allocator.ipynb #71bbcc0c
-GRAIN, SMALL, SMALL_SEGMENT, LARGE_SEGMENT, OWN_SEGMENT, OWN_GRAIN = 512, MiB, 2 * MiB, 20 * MiB, 10 * MiB, 2 * MiB
+GRAIN, SMALL, SMALL_SEGMENT, LARGE_SEGMENT, OWN_SEGMENT, OWN_GRAIN = 512, 2**20, 2 * 2**20, 20 * 2**20, 10 * 2**20, 2 * 2**20
 
 # %% ../../nbs/plan/allocator.ipynb #ce67d569
 def rounded(

@@ -74,9 +74,11 @@ def usual_gaps(
     recorded: bool,         # passes are recorded
     compiled: bool,         # layers are compiled
     head: int = 0,          # bytes of the head's gradient, where all weights learn without full logits
+    again: int = 0,         # bytes of one layer's input, where passes are recorded and layers computed again
+    capped: bool = False,   # logits are capped
 ) -> int:
     "Reserved bytes beyond allocated ones, by rule."
     c = process_constants()
     if head: return round(c['gaps_whole_share'] * head)
-    if not recorded: return round(c['gaps_plain_share'] * logits)
-    return workspaces + 4 * trained + c['gaps_compiled' if compiled else 'gaps_eager']
+    if not recorded: return round(c['gaps_capped_share' if capped else 'gaps_plain_share'] * logits)
+    return workspaces + 4 * trained + c['gaps_compiled' if compiled else 'gaps_eager'] + round(c['gaps_again_share'] * again)

@@ -19,10 +19,14 @@ def _kept_inputs(
     shared = () if 'qkv_proj' in shape.linears else ('output',)
     inputs = lambda linears: {INPUT_OF[n]: i for n, (i, _, _) in linears.items() if INPUT_OF[n] not in shared}   # each distinct input once
     if b == 4: return 4 * sum(inputs(shape.linears if method == 'full' else targets).values())
-    if method == 'qlora': return 2 * sum(inputs(targets).values())
+    if method in ('int8', 'qlora'): return 2 * sum(inputs(shape.linears if method == 'int8' else targets).values())
     if method == 'full': return 2 * sum(i for n, (i, _, _) in shape.linears.items() if INPUT_OF[n] not in shared)
-    packed = sum(inputs(shape.linears).values()) if method == 'int8' else 0    # LLM.int8() keeps its 16-bit input as well
-    return 2 * (sum(i for i, _, _ in targets.values()) + packed)
+    return 2 * sum(i for i, _, _ in targets.values())
+
+def _held_inputs(shape, method, b) -> int:
+    "Bytes per token and layer that 8-bit products hold until the whole backward pass is over, whether or not their layer is computed again."
+    distinct = {INPUT_OF[n]: i for n, (i, _, _) in shape.linears.items()}
+    return b * sum(distinct.values()) if method == 'int8' else 0
 
 # %% ../../nbs/plan/plain.ipynb #ff43f43e
 def layer_bytes(
@@ -59,7 +63,8 @@ def loss_bytes(
     b: int = 2,          # bytes per value
 ) -> tuple:              # (forward, backward)
     "Bytes of logits and 32-bit cross-entropy, not computed in chunks."
-    return positions * shape.vocab_size * (10 if b == 2 else 8), positions * shape.vocab_size * 12
+    logits, capped = positions * shape.vocab_size, b * shape.eager
+    return logits * (8 + capped), logits * (12 + capped)
 
 # %% ../../nbs/plan/plain.ipynb #f770576f
 LEAN_LOGITS = 2**26     # at a time, as `train.loss` takes them
@@ -78,18 +83,18 @@ def lean_loss_bytes(
 
 # %% ../../nbs/plan/plain.ipynb #ad68ce27
 def _copies(shape, method, trained, b):
-    "16-bit copies under autocast: (of a layer's matrices, of the head, of the adapter)."
+    "16-bit copies under autocast: (of a layer's matrices, of the head, of a layer's adapter)."
     if b == 4: return 0, 0, 0
-    return (0, 0, 2 * trained) if method != 'full' else (2 * shape.linear_params, 2 * shape.vocab_size * shape.hidden_size, 0)
+    return (0, 0, 2 * trained // shape.num_hidden_layers) if method != 'full' else (2 * shape.linear_params, 2 * shape.vocab_size * shape.hidden_size, 0)
 
 # %% ../../nbs/plan/plain.ipynb #99275015
 def _kept(shape, method, batch_size, length, b, layer, checkpointing):
     "Bytes that stay for the backward pass: (of all layers, when the last layer's turn comes, when the first one's does)."
     tokens, full = batch_size * length, method == 'full'
     stream, norm = tokens * shape.hidden_size * (4 if full else b), tokens * 4 * shape.hidden_size * (2 if full else 1)
-    mask = batch_size * length**2 * shape.masked(length)
-    if not checkpointing: return mask + shape.num_hidden_layers * layer + norm * full, 0, mask + layer
-    return mask + shape.num_hidden_layers * stream + norm, layer, mask + layer + stream
+    mask, held = batch_size * length**2 * shape.masked(length), shape.num_hidden_layers * tokens * _held_inputs(shape, method, b)
+    if not checkpointing: return mask + shape.num_hidden_layers * layer + norm * full, 0, mask + layer + held
+    return mask + shape.num_hidden_layers * stream + norm + held, layer, mask + layer + stream + held
 
 # %% ../../nbs/plan/plain.ipynb #d035bbcd
 def _full(shape, learned, b, on_the_way, coming_back, activations) -> dict:
@@ -121,12 +126,12 @@ def plain_phases(
     kept, again, first = _kept(shape, method, batch_size, length, b, layer, checkpointing)
     working, head = working_bytes(shape, method, batch_size * length, b), 4 * shape.vocab_size * shape.hidden_size * (method == 'full')
     one, headed, adapter = _copies(shape, method, trained, b)
-    every, at_start, hidden = one * shape.num_hidden_layers, 4 * trained * accumulates, batch_size * length * shape.hidden_size
-    with_copies = lambda weights, gradients, **more: dict(weights=weights, adapter=adapter, gradients=gradients) | more
-    if lean: at_loss = _lean(shape, learned, b, with_copies(every + headed, at_start + head), kept)
-    else: at_loss = _full(shape, learned, b, with_copies(every + headed, at_start), with_copies(headed + every * (not checkpointing), at_start), kept + hidden * b)
+    n, at_start, hidden = shape.num_hidden_layers, 4 * trained * accumulates, batch_size * length * shape.hidden_size
+    with_copies = lambda layers, head, gradients, **more: dict(weights=one * layers + head, adapter=adapter * layers, gradients=gradients) | more     # of so many layers
+    if lean: at_loss = _lean(shape, learned, b, with_copies(n, headed, at_start + head), kept)
+    else: at_loss = _full(shape, learned, b, with_copies(n, headed, at_start), with_copies(n * (not checkpointing), headed, at_start), kept + hidden * b)
     tied = head * shape.tie_word_embeddings      # the head's gradient waits for the embeddings'
-    found = {'forward': with_copies(every, at_start, activations=kept + working), **at_loss,
-             'backward: last layer': with_copies(one if checkpointing else every, at_start + (tied if accumulates else head), activations=kept + again + working),
-             'backward: first layer': with_copies(one, 4 * trained + tied * accumulates, activations=first + working)}
-    return found | ({'backward: embeddings': with_copies(0, 4 * trained + tied + head * accumulates, activations=4 * hidden)} if head else {})
+    found = {'forward': with_copies(n, 0, at_start, activations=kept + working), **at_loss,
+             'backward: last layer': with_copies(1 if checkpointing else n, 0, at_start + (tied if accumulates else head), activations=kept + again + working),
+             'backward: first layer': with_copies(1, 0, 4 * trained + tied * accumulates, activations=first + working)}
+    return found | ({'backward: embeddings': with_copies(0, 0, 4 * trained + tied + head * accumulates, activations=4 * hidden)} if head else {})

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 from ..core import MiB, ConfigError, RunConfig, fmt_gib
 from ..files import Table
-from .fast import chunk_for, fast_phases, kept_bytes, why_no_terms
+from .fast import chunk_for, fast_phases, kept_bytes, padded, why_no_terms
 from .later import LATER, later_phases, logits_bytes, together
 from .levels import LEVELS, choose_levels
 from .outside import process_bytes, usual_gaps
 from .plain import plain_phases, working_bytes
 from .shape import ModelShape, model_shape
-from .weights import COMPUTE_BYTES, METHODS, OPTIMIZER_BYTES, WORKSPACE_BYTES, _check_choice, adapter_params, target_linears, weight_bytes
+from .weights import (COMPUTE_BYTES, METHODS, OPTIMIZER_BYTES, WORKSPACE_BYTES, _check_choice, adapter_params, state_bytes, target_linears,
+                                     trained_matrices, weight_bytes)
 
 _all_ = ['ModelShape', 'model_shape', 'METHODS', 'OPTIMIZER_BYTES', 'adapter_params', 'target_linears', 'weight_bytes']    # also to be had from here
 
@@ -46,6 +47,7 @@ class MemoryEstimate:
     phases: dict        # name -> part -> bytes
     levels: dict        # what the layers keep: level -> layers
     step: str = 'fast'  # which step it is about; if the plain one, why
+    host: int = 0       # in host memory: paged moments, layers' inputs that wait there
 
     @property
     def parts(self) -> dict:
@@ -125,18 +127,18 @@ def _levels(
     return {level: levels[level] for level in allowed if levels.get(level)}
 
 # %% ../../nbs/plan/vram.ipynb #9ec3fdc5
-def _fixed(shape, method, trained, double_quant, optim, b, fast, card) -> dict:
+def _fixed(shape, method, trained, double_quant, states, b, fast, card) -> dict:
     "Part -> bytes that are there in every phase."
-    found = dict.fromkeys(PARTS, 0) | dict(weights=weight_bytes(shape, method, b, double_quant), optimizer=round(OPTIMIZER_BYTES[optim] * trained),
-                                             workspaces=WORKSPACE_BYTES[card])
+    found = dict.fromkeys(PARTS, 0) | dict(weights=weight_bytes(shape, method, b, double_quant), optimizer=states, workspaces=WORKSPACE_BYTES[card])
     if method != 'full': found['adapter'] = (6 if fast else 4) * trained       # the fast step keeps 16-bit copies
     return found | dict(gradients=4 * trained) if fast else found
 
 # %% ../../nbs/plan/vram.ipynb #131f38fa
-def _overhead(shape, trained, logits, levels, recorded, compiled, card, correction, lean=False) -> int:
+def _overhead(shape, trained, logits, levels, recorded, compiled, card, correction, lean=False, tokens=0) -> int:
     "Context, libraries and gaps."
     if card == 'cpu': return ASSUMED_OVERHEAD
-    gaps = usual_gaps(trained, logits, WORKSPACE_BYTES[card], recorded, compiled, 4 * shape.vocab_size * shape.hidden_size * lean)
+    again = 2 * tokens * shape.hidden_size * bool({*levels} - {'keep'})
+    gaps = usual_gaps(trained, logits, WORKSPACE_BYTES[card], recorded, compiled, 4 * shape.vocab_size * shape.hidden_size * lean, again, shape.eager)
     return process_bytes(gaps, levels, recorded, compiled, correction)
 
 # %% ../../nbs/plan/vram.ipynb #649c2d02
@@ -147,10 +149,10 @@ def _all_phases(fixed: dict, staging: int, extra: dict, trained: int) -> dict:
     return {'load': none | dict(weights=fixed['weights'] + staging, overhead=fixed['overhead']), **added, 'optimizer step': fixed | dict(gradients=4 * trained)}
 
 # %% ../../nbs/plan/vram.ipynb #0ffd6e84
-def _largest(phases, kept, step) -> MemoryEstimate:
+def _largest(phases, kept, step, host) -> MemoryEstimate:
     "The estimate, with the parts of its largest phase."
     peak = max(phases, key=lambda name: sum(phases[name].values()))
-    return MemoryEstimate(**phases[peak], phase=peak, phases=phases, levels=kept, step=step)
+    return MemoryEstimate(**phases[peak], phase=peak, phases=phases, levels=kept, step=step, host=host)
 
 # %% ../../nbs/plan/vram.ipynb #39597856
 def estimate(
@@ -179,19 +181,20 @@ def estimate(
     for name, value, allowed in [('method', method, METHODS), ('optim', optim, OPTIMIZER_BYTES), ('dtype', dtype, COMPUTE_BYTES), ('card', card, WORKSPACE_BYTES)]:
         _check_choice(name, value, allowed)
     _check_sizes(shape, length, label_share, batch_size=batch_size, lora_r=lora_r, gradient_accumulation_steps=gradient_accumulation_steps, max_new_tokens=max_new_tokens)
-    b, learned = COMPUTE_BYTES[dtype], round(batch_size * length * label_share)
-    targets, trained = ({}, shape.n_params) if method == 'full' else (target_linears(shape, target_modules), adapter_params(shape, lora_r, target_modules))
+    b, tokens, learned = COMPUTE_BYTES[dtype], batch_size * length, round(batch_size * length * label_share)
+    matrices = trained_matrices(shape, targets := {} if method == 'full' else target_linears(shape, target_modules), lora_r)
+    trained, (states, host) = sum(n * size for n, size in matrices), state_bytes(matrices, optim if card != 'cpu' else optim.removeprefix('paged_'))
     why = _why_plain(shape, method, dtype, padding_free, torch_compile)
     kept = _levels(shape.num_hidden_layers, levels, gradient_checkpointing, bool(why))
     lean, recorded = method == 'full' and card != 'cpu' and not (shape.eager or full_logits), not why and 'offload' not in kept       # inputs that wait in host memory are not recorded
     if why: extra = plain_phases(shape, method, batch_size, length, learned, trained, targets, lora_r, b, 'layer' in kept, gradient_accumulation_steps > 1, lean)
-    else: extra = fast_phases(shape, method, kept, batch_size * length, learned, lora_r, torch_compile, chunk)
-    fixed = _fixed(shape, method, trained, double_quant, optim, b, not why, card)
-    fixed['overhead'] = _overhead(shape, trained, max(parts.get('logits_loss', 0) for parts in extra.values()), kept, recorded, torch_compile, card, correction, lean)
+    else: extra = fast_phases(shape, method, kept, *padded(tokens, learned), lora_r, torch_compile, chunk, tuple(targets))
+    fixed = _fixed(shape, method, trained, double_quant, states, b, not why, card)
+    fixed['overhead'] = _overhead(shape, trained, max(parts.get('logits_loss', 0) for parts in extra.values()), kept, recorded, torch_compile, card, correction, lean, tokens)
     outside = _overhead(shape, 0, logits_bytes(shape, round(length * label_share), b), {}, False, False, card, correction)
     later = later_phases(shape, method, fixed, outside, length, round(length * label_share), max_new_tokens, trained, b, not why)
     phases = _all_phases(fixed, working_bytes(shape, method, 0, b), extra, trained) | later
-    return _largest(phases, kept, f'plain: {why}' if why else 'fast')
+    return _largest(phases, kept, f'plain: {why}' if why else 'fast', host + kept.get('offload', 0) * b * tokens * shape.hidden_size)
 
 # %% ../../nbs/plan/vram.ipynb #51d83fd6
 def _standing(est) -> int:
@@ -217,7 +220,8 @@ def fitted(
     if all_keep.fits(limit_bytes, margin): return all_keep
     if all_keep.step != 'fast': return least
     if not least.fits(limit_bytes, margin): return min([least, *_away(shape, wishes)], key=lambda est: est.peak)
-    sizes = kept_bytes(shape, wishes.get('method', 'qlora'), wishes.get('batch_size', 1) * wishes.get('length', 2048), wishes.get('lora_r', 16), wishes.get('torch_compile', True))
+    tokens, targets = padded(wishes.get('batch_size', 1) * wishes.get('length', 2048))[0], tuple(target_linears(shape, wishes.get('target_modules', 'all-linear')))
+    sizes = kept_bytes(shape, wishes.get('method', 'qlora'), tokens, wishes.get('lora_r', 16), wishes.get('torch_compile', True), targets)
     room, less = limit_bytes * (1 - margin) - least.peak, max(1, sizes['mlp'] - sizes['layer'])
     while room > 0:
         chosen = choose_levels(int(room), sizes, n)
@@ -231,7 +235,7 @@ def about_step(
     est: MemoryEstimate,     # the estimate
 ) -> str:
     "Which step the estimate is about, and what its layers keep, in a sentence."
-    kept = ', '.join(f'{n} {level}' for level, n in est.levels.items())
+    kept = ', '.join(f'{n} {level}' for level, n in est.levels.items()) + (f'; {fmt_gib(est.host)} wait in host memory' if est.host else '')
     if est.step == 'fast': return f'Layers by what they keep: {kept}.'
     return f'Figures of the plain step ({est.step.partition(": ")[2]}); layers by what they keep: {kept}. Where a run lays rows end to end it takes less: ask with --trace.'
 

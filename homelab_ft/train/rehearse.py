@@ -184,6 +184,18 @@ def _flat(model, config, scene) -> rows.Rows:
     step.chunk = scene.chunk
     return step
 
+# %% ../../nbs/train/rehearse.ipynb #d0c3a7b8
+def _name_copies(witness, copies):
+    "Name 16-bit adapters and their gradients; the gradients' way to the float32 matrices is a phase of its own."
+    witness.tag(copies.thin, 'adapter')
+    _name_gradients(witness, copies.thin)
+    collect = copies.collect
+    def announced():
+        "The gradients set out."
+        witness.mark('collect')
+        collect()
+    copies.collect = announced
+
 # %% ../../nbs/train/rehearse.ipynb #bea94c43
 def _make_step(witness, model, config, scene):
     "The training step of a run, its parts named."
@@ -191,9 +203,7 @@ def _make_step(witness, model, config, scene):
     if why := why_padded(model, config, scene.card): return engine.Rectangles(model, why, scene.levels[0] == 'layer', config.label_smoothing_factor, lean)
     step = _flat(model, config, scene)
     if scene.table_away and step.send_table(): witness.leaves(step.table.table)
-    if step.copies:
-        witness.tag(step.copies.thin, 'adapter')
-        _name_gradients(witness, step.copies.thin)
+    if step.copies: _name_copies(witness, step.copies)
     if scene.gradients: _stay(witness, step)
     return step
 
