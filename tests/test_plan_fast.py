@@ -6,6 +6,8 @@ from homelab_ft.core import ConfigError, make_config
 from homelab_ft.plan import fast
 from homelab_ft.plan.shape import known_shapes, model_shape
 from homelab_ft.plan.vram import MemoryEstimate, about_step, estimate, estimate_for, fitted
+from homelab_ft.train.fit import Options
+from homelab_ft.train.packing import shape_of
 
 SHAPES = known_shapes()
 COVERED = sorted(name for name, shape in SHAPES.items() if not fast.why_no_terms(shape, 'qlora'))
@@ -33,12 +35,12 @@ def test_the_closed_form_and_the_traced_mode_agree(case):
 @pytest.mark.parametrize('name', COVERED)
 @pytest.mark.parametrize('method', ['lora', 'qlora'])
 def test_what_is_there_before_a_step_is_counted_right(name, method):
-    "Weights, adapter and workspace by counts, against the sums read off from toys; a tied head is one matrix less than in these."
+    "Weights, adapter and workspace by counts, against the sums read off from toys; a tied head is one matrix less than in these, but for Gemma's."
     shape = SHAPES[name]
-    mode = fast.known_terms()['modes'][f'{method}/keep/{fast.FAMILIES[shape.model_type]}/compiled']
+    mode = fast.known_terms(method)['modes'][f'{method}/keep/{fast.FAMILIES[shape.model_type]}/compiled']
     number = fast._evaluator(fast.sizes_of(shape, 1024, 1024))
     wanted = number(mode['rest'][0]) + (shape.num_hidden_layers - 2) * number(mode['rest'][1])
-    if shape.tie_word_embeddings: wanted -= 2 * shape.vocab_size * shape.hidden_size
+    if shape.tie_word_embeddings and shape.model_type != 'gemma3_text': wanted -= 2 * shape.vocab_size * shape.hidden_size
     est = estimate(shape, method)
     assert est.weights + est.adapter + est.workspaces == pytest.approx(wanted, rel=2e-3)     # tables of a few kB for each matrix in 4 bits are left out
 
@@ -74,7 +76,7 @@ def test_a_run_is_planned_with_the_step_it_would_take():
     assert step() == 'fast' == step(torch_compile=False)
     for said in (dict(padding_free=False), dict(device='cpu'), dict(method='full'), dict(lora_dropout=0.1), dict(objective='dpo'), dict(dtype='float32')):
         assert step(**said).startswith('plain: '), said
-    assert 'gemma' in about_step(estimate(model_shape('gemma-3-1b'), length=512)) and estimate(model_shape('gemma-3-1b'), length=512).step != 'fast'
+    assert 'gemma' in about_step(estimate(model_shape('gemma-2-2b'), length=512)) and estimate(model_shape('gemma-2-2b'), length=512).step != 'fast'
     with pytest.raises(ConfigError, match='no formula for rows end to end'): estimate(shape, 'full', padding_free=True)
     with pytest.raises(ConfigError, match='add up'): estimate(shape, levels=dict(keep=31))
     with pytest.raises(ConfigError, match='did you mean mlp'): estimate(shape, levels=dict(mpl=32))
@@ -85,3 +87,18 @@ def test_pairs_recompute_every_layer_on_a_card_and_none_on_a_processor():
     shape, config = model_shape('SmolLM2-135M'), make_config(model='SmolLM2-135M', method='lora', objective='dpo', data='x.jsonl', max_length=512)
     levels = lambda device: estimate_for(config.model_copy(update=dict(device=device)), shape, limit_bytes=2**40).levels
     assert set(levels('cuda')) == {'layer'} and set(levels('cpu')) == {'keep'}
+
+
+@given(st.integers(1, 70_000), st.data())
+def test_a_pass_is_padded_as_in_training(tokens, data):
+    learned = data.draw(st.integers(1, tokens))
+    assert fast.padded(tokens, learned) == shape_of([tokens], [learned], [0], 256, tokens)[:2]
+    assert Options(1, 1).grain == fast.PASS_GRAIN
+
+
+@pytest.mark.parametrize('targets', [('q_proj', 'v_proj'), ('q_proj', 'k_proj'), ('down_proj',), ('v_proj',)], ids=str)
+def test_fewer_adapters_keep_no_more(targets):
+    shape = model_shape('Llama-3.2-1B')
+    few, every = ({level: fast.fast_phases(shape, 'qlora', {level: 16}, 2048, 2048, targets=names) for level in ('keep', 'mlp', 'layer')} for names in (targets, ()))
+    for level in few:
+        for phase, parts in few[level].items(): assert sum(parts.values()) <= sum(every[level][phase].values()) * 1.001, (level, phase)

@@ -74,7 +74,9 @@ def rehearsed(config, scene):
     (['layer'] * 3, dict(padding_free=True, label_smoothing_factor=0.1), dict()),
     (['keep', 'mlp', 'layer'], dict(padding_free=True, lora_r=64, target_modules=['q_proj', 'down_proj']), dict(shape=(256, 128, 8))),
     (['offload'] * 3, dict(padding_free=True), dict(tile=64)),
-], ids=['padded', 'padded layer', 'full', 'full layer', 'rows', 'rows mlp', 'rows layer', 'rows mixed', 'rows offload'])
+    (['keep'] * 2, dict(use_dora=True), dict()),
+    (['layer'] * 3, dict(use_dora=True), dict()),
+], ids=['padded', 'padded layer', 'full', 'full layer', 'rows', 'rows mlp', 'rows layer', 'rows mixed', 'rows offload', 'dora', 'dora layer'])
 def test_a_rehearsed_pass_takes_what_a_real_one_does(smol, monkeypatch, levels, settings, given):
     if 'offload' in levels: monkeypatch.setattr(Witness, 'in_host_memory', lambda self: nullcontext())   # on a processor host memory is the same memory
     config = make_config(per_device_train_batch_size=2, max_length=128, **settings)
@@ -229,7 +231,6 @@ def test_a_70b_from_its_name_and_a_whole_small_model():
     (dict(), dict(tile=1.5), ConfigError, 'tile'),
     (dict(), dict(chunk=-1), ConfigError, 'chunk'),
     (dict(method='full'), dict(levels=dict(offload=6)), ConfigError, 'padded rows'),
-    (dict(use_dora=True), {}, ConfigError, 'use_dora'),
     (dict(objective='dpo'), {}, ConfigError, 'dpo'),
 ], ids=str)
 def test_what_cannot_be_is_refused_before_the_process_starts(monkeypatch, settings, given, error, words):

@@ -1,8 +1,8 @@
-"""Make homelab_ft/plan/terms.json, what the closed form of the fast step knows: python tools/make_terms.py [METHOD/LEVEL/FAMILY/LAYERS[/TARGETS] ...]
-Modes with targets, those where not all matrices are adapted, go to terms_few.json.
+"""Make homelab_ft/plan/terms_*.json, what the closed form of the fast step knows: python tools/make_terms.py [METHOD/LEVEL/FAMILY/LAYERS[/TARGETS] ...]
+There is a file for each method, and one for modes with targets, those where not all matrices are adapted.
 
 Every mode is a toy with two layers, rehearsed with each of its sizes doubled, and again with a third layer (see the page on terms).
-Modes that are named are made again, all if none is; the file is written after each, so that the work can go on where it was left."""
+Modes that are named are made again, all if none is; files are written after each, so that the work can go on where it was left."""
 import gc, json, sys, time
 from itertools import product
 from pathlib import Path
@@ -18,11 +18,11 @@ from homelab_ft.train import rehearse
 from homelab_ft.train.watch import versions
 
 PLAN = Path(__file__).resolve().parents[1] / 'homelab_ft/plan'
-FAMILIES = dict(llama='Llama-3.1-8B', qwen3='Qwen3-8B', qwen2='Qwen2.5-7B', phi3='Phi-3-mini')    # a model of each
+FAMILIES = dict(llama='Llama-3.1-8B', qwen3='Qwen3-8B', qwen2='Qwen2.5-7B', phi3='Phi-3-mini', gemma3='gemma-3-1b')    # a model of each
 LAYERS = 'compiled', 'eager'
 MODES = ['/'.join(m) for m in product(('qlora', 'lora', 'int8'), ('keep', 'mlp', 'layer', 'offload'), FAMILIES, LAYERS)]
-FEW = 'q_proj+v_proj', 'q_proj+k_proj+v_proj+o_proj'       # other adapted matrices than all of them
-MODES += ['/'.join(m) for m in product(('qlora', 'lora'), ('keep', 'mlp', 'layer'), [f for f in FAMILIES if f != 'phi3'], LAYERS, FEW)]
+FEW = 'q_proj+v_proj',       # other adapted matrices than all of them
+MODES += ['/'.join(m) for m in product(('qlora', 'lora'), ('keep', 'mlp', 'layer'), ['llama', 'qwen3', 'qwen2'], LAYERS, FEW)]
 KEYS = dict(h='hidden_size', A='num_attention_heads', G='num_key_value_heads', D='head_dim', i='intermediate_size', v='vocab_size')
 SIZES = dict(h=512, A=8, G=2, D=64, i=1536, v=12288, b=2, n=1024, r=16, p=1024)     # beside those: rows, their length, rank, learned positions
 PHASES = ('forward', 'loss', 'backward', 'collect')
@@ -32,6 +32,7 @@ def toy(family, layers, sizes):
     "Content of `config.json`."
     raw = known_config(FAMILIES[family]) | {k: sizes[x] for x, k in KEYS.items()} | dict(num_hidden_layers=layers, max_position_embeddings=2**20, pad_token_id=0, sliding_window=None)
     if 'layer_types' in raw: raw['layer_types'] = raw['layer_types'][:1] * layers
+    if family == 'gemma3': raw |= dict(sliding_window=512, layer_types=['sliding_attention', 'full_attention', 'sliding_attention'][:layers])
     return raw
 
 
@@ -80,7 +81,7 @@ def main(*modes):
         except Exception as e:
             print(f'{mode}: {type(e).__name__}: {str(e)[:200]}', flush=True)
             continue
-        out = PLAN / ('terms.json' if mode.count('/') == 3 else 'terms_few.json')
+        out = PLAN / f"terms_{mode.partition('/')[0] if mode.count('/') == 3 else 'few'}.json"
         found = json.loads(out.read_text()) if out.exists() else dict(modes={})
         found['modes'][mode] = made
         found |= dict(made=dict(date=time.strftime('%Y-%m-%d'), versions=versions()))

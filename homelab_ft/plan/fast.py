@@ -8,7 +8,7 @@ __all__ = ['FAMILIES', 'PHASES', 'FEW', 'PASS_GRAIN', 'known_terms', 'why_no_ter
 
 # %% ../../nbs/plan/fast.ipynb #d093f8ec
 import json
-from functools import lru_cache
+from functools import cache
 from math import prod
 from pathlib import Path
 
@@ -17,15 +17,15 @@ from ..core import ConfigError
 from .levels import LEVELS
 
 # %% ../../nbs/plan/fast.ipynb #d134d2c1
-FAMILIES = dict(llama='llama', mistral='llama', qwen2='qwen2', qwen3='qwen3', phi3='phi3')     # model_type -> family
+FAMILIES = dict(llama='llama', mistral='llama', qwen2='qwen2', qwen3='qwen3', phi3='phi3', gemma3_text='gemma3')     # model_type -> family
 PHASES = ('forward', 'loss', 'backward', 'collect')     # collect: the adapters' gradients are converted
 
-@lru_cache(2)
+@cache
 def known_terms(
-    file: str = 'terms',        # or 'terms_few': where only some matrices are adapted
+    what: str,                  # a method; or `few`: where only some matrices are adapted
 ) -> dict:                      # `made`: date and versions; `modes`: name -> sums
     "A data file."
-    return json.loads((Path(core.__file__).parent / 'plan' / f'{file}.json').read_text())
+    return json.loads((Path(core.__file__).parent / 'plan' / f'terms_{what}.json').read_text())
 
 # %% ../../nbs/plan/fast.ipynb #7dacbb6b
 def _names(shape, method, levels, compiled) -> dict:
@@ -43,11 +43,11 @@ def why_no_terms(
     if method == 'full': return 'all weights learn'
     if dtype != 'bfloat16': return f'{dtype} instead of bfloat16'
     if shape.num_experts or shape.model_type not in FAMILIES: return f'no terms for models of type {shape.model_type}'
-    missing = [name for name in _names(shape, method, ('keep', 'mlp', 'layer'), compiled).values() if name not in known_terms()['modes']]
+    missing = [name for name in _names(shape, method, ('keep', 'mlp', 'layer'), compiled).values() if name not in known_terms(method)['modes']]
     return f'no terms for {missing[0]}' if missing else ''
 
 # %% ../../nbs/plan/fast.ipynb #19c4d8f3
-FEW = ('q_proj+v_proj', 'q_proj+k_proj+v_proj+o_proj')
+FEW = ('q_proj+v_proj',)
 
 def adapted_set(
     shape,                      # the model, a `ModelShape`
@@ -119,10 +119,10 @@ def _modes(shape, method, levels, compiled, targets=()) -> dict:
     "Level -> sums, from the first layers to the last."
     unknown = [level for level in levels if level not in LEVELS]
     if unknown: raise ConfigError('unknown level', value=unknown[0], allowed=', '.join(LEVELS), next_step='give every layer one of these')
-    known, names, adapted = known_terms()['modes'], _names(shape, method, [level for level in LEVELS if levels.get(level)], compiled), adapted_set(shape, targets)
+    known, names, adapted = known_terms(method)['modes'], _names(shape, method, [level for level in LEVELS if levels.get(level)], compiled), adapted_set(shape, targets)
     for name in names.values():
         if name not in known: raise ConfigError('no terms for this level', value=name, allowed='keep, mlp, layer', next_step='trace it: homelab-ft plan --trace')
-    few = known_terms('terms_few')['modes'] if adapted else {}
+    few = known_terms('few')['modes'] if adapted else {}
     return {level: few.get(f'{name}/{adapted}', known[name]) for level, name in names.items()}
 
 def kept_bytes(

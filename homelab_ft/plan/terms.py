@@ -20,6 +20,12 @@ def _exponents(
     "How a storage grows."
     return {x: log2(m / n) for x, m in doubled.items() if m != n}
 
+def _rows_at_once(parts: dict, n: int) -> dict:
+    "Rows and their length count by their product where both are in a sum; what is left over then does not grow, such as room for 128 tokens more."
+    if not parts.get('b') or parts['b'] != parts.get('n'): return parts
+    found = {x: m for x, m in parts.items() if x not in 'bn'} | dict(bn=parts['b'])
+    return found | {'': n - sum(found.values())}
+
 # %% ../../nbs/plan/terms.ipynb #bc9db249
 def products(
     n: int,             # bytes of a storage
@@ -29,8 +35,8 @@ def products(
     "A storage as a sum of products; `ValueError` if it is none."
     grows = _exponents(n, doubled)
     common = ''.join(x * round(a) for x, a in sorted(grows.items()) if abs(a - round(a)) < 1e-3)
-    parts = {x: doubled[x] - n for x, a in grows.items() if abs(a - round(a)) >= 1e-3} or {'': n}
-    if sum(parts.values()) != n: raise ValueError(f'a storage of {n} bytes is no sum of products: {doubled}')
+    parts = _rows_at_once({x: doubled[x] - n for x, a in grows.items() if abs(a - round(a)) >= 1e-3}, n) or {'': n}
+    if sum(parts.values()) != n or min(parts.values()) < 0: raise ValueError(f'a storage of {n} bytes is no sum of products: {doubled}')
     return {''.join(sorted(common + x)): m / prod(sizes[y] for y in common + x) for x, m in parts.items()}
 
 # %% ../../nbs/plan/terms.ipynb #1edacf1d
@@ -64,6 +70,7 @@ def _changes(sums: list) -> list:
     "What every event adds, one line each."
     return [str(sorted((k, b.get(k, 0) - a.get(k, 0)) for k in {*a, *b} if b.get(k, 0) != a.get(k, 0))) for a, b in zip(sums, sums[1:])]
 
+# %% ../../nbs/plan/terms.ipynb #9a0c27d5
 def _grown(two: dict, three: dict) -> dict:
     "What one more layer adds."
     return {k: three.get(k, 0) - two.get(k, 0) for k in sorted({*two, *three}) if three.get(k, 0) != two.get(k, 0)}

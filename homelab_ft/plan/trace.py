@@ -104,8 +104,7 @@ def _check_pass(config, shape, levels, tile, chunk):
                           next_step='leave it out for full rows')
     for name, n in dict(tile=tile, chunk=chunk).items():
         if type(n) is not int or n < 0: raise ConfigError(f'{name} is no number of tokens', value=n, allowed='0 or more', next_step=f'set {name}=0')
-    for wrong, what in ((config.objective == 'dpo', 'objective=dpo'), (config.use_dora, 'use_dora=true')):
-        if wrong: raise ConfigError(f'{what} is not traced yet', value=what, allowed='objective=sft without use_dora', next_step='see plan.vram for a formula')
+    if config.objective == 'dpo': raise ConfigError('objective=dpo is not traced yet', value='dpo', allowed='objective=sft', next_step='see plan.vram for a formula')
     if config.padding_free is False or config.method == 'full':
         if set(levels) - {'keep', 'layer'} or len(levels) > 1 or tile: raise ConfigError('padded rows keep everything or recompute every layer', value=levels,
             allowed='one of keep and layer', next_step='leave padding_free on auto')

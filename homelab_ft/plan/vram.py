@@ -18,8 +18,7 @@ from .levels import LEVELS, choose_levels
 from .outside import process_bytes, usual_gaps
 from .plain import plain_phases, working_bytes
 from .shape import ModelShape, model_shape
-from .weights import (COMPUTE_BYTES, METHODS, OPTIMIZER_BYTES, WORKSPACE_BYTES, _check_choice, adapter_params, state_bytes, target_linears,
-                                     trained_matrices, weight_bytes)
+from .weights import COMPUTE_BYTES, METHODS, OPTIMIZER_BYTES, WORKSPACE_BYTES, _check_choice, adapter_params, state_bytes, target_linears, trained_matrices, weight_bytes
 
 _all_ = ['ModelShape', 'model_shape', 'METHODS', 'OPTIMIZER_BYTES', 'adapter_params', 'target_linears', 'weight_bytes']    # also to be had from here
 
@@ -137,8 +136,8 @@ def _fixed(shape, method, trained, double_quant, states, b, fast, card) -> dict:
 def _overhead(shape, trained, logits, levels, recorded, compiled, card, correction, lean=False, tokens=0) -> int:
     "Context, libraries and gaps."
     if card == 'cpu': return ASSUMED_OVERHEAD
-    again = 2 * tokens * shape.hidden_size * bool({*levels} - {'keep'})
-    gaps = usual_gaps(trained, logits, WORKSPACE_BYTES[card], recorded, compiled, 4 * shape.vocab_size * shape.hidden_size * lean, again, shape.eager)
+    head, again = 4 * shape.vocab_size * shape.hidden_size * lean, 2 * tokens * shape.hidden_size * bool({*levels} - {'keep'})
+    gaps = usual_gaps(trained, logits, WORKSPACE_BYTES[card], recorded, compiled, head, again, shape.eager)
     return process_bytes(gaps, levels, recorded, compiled, correction)
 
 # %% ../../nbs/plan/vram.ipynb #649c2d02

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..core import ConfigError, HomelabError, RunConfig, make_config
 from . import attention, engine, loss, packing, recompute, rows, shelf, steps
 from .fit import Options
-from .hollow import fill, hollow_model
+from .hollow import fill, hollow_model, unpacked_weight
 from .outline import outlined, outlined_loss
 from .quantize import quiet_libraries
 from .witness import Witness
@@ -82,13 +82,15 @@ def as_if_on_card(
     from transformers import masking_utils
     quiet_libraries()
     import bitsandbytes
+    from peft.tuners.lora import dora
     found = [patch.object(engine, '_send', _hollow),
              patch.object(rows, '_sent', lambda batch, device: {k: _hollow(t) for k, t in batch.items()}),
              patch.object(masking_utils, 'find_packed_sequence_indices', lambda position_ids: None),
              patch.object(recompute, 'in_halves', _real(recompute.in_halves)),
              patch.object(steps, 'read_losses', lambda job, leave: None),
              patch.object(shelf.Offloaded, '__init__', _in_host_memory(witness, shelf.Offloaded.__init__)),
-             patch.object(bitsandbytes, 'matmul', _int8_matmul)]
+             patch.object(bitsandbytes, 'matmul', _int8_matmul),
+             patch.object(dora, 'dequantize_module_weight', unpacked_weight)]
     if card == 'cpu': return found
     return found + [patch.object(attention, '_flash_takes', lambda q, v: q.dtype != torch.float32),
                     patch.object(torch, 'is_autocast_enabled', _autocast_here(torch.is_autocast_enabled))]

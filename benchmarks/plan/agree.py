@@ -1,0 +1,84 @@
+"""The closed form beside the trace, in random settings: python agree.py [rows] [seed]. Writes agree.json; needs no card. Nothing in it is fitted to anything.
+
+A row is a model, a method, a shape of passes, what layers keep, an optimizer and switches, drawn at random; models whose layers are all traced, and 70B, are drawn seldom or not at all,
+since they take long. Half of the rows that lay rows end to end have several levels of recomputation, or a share of learned positions.
+"""
+import json, random, sys
+from pathlib import Path
+
+from tqdm.auto import tqdm
+from homelab_ft.core import make_config
+from homelab_ft.files import Table, now, write_json
+from homelab_ft.plan.fast import padded
+from homelab_ft.plan.later import LATER
+from homelab_ft.plan.models import KNOWN
+from homelab_ft.plan.shape import model_shape
+from homelab_ft.plan.trace import ALTERNATING, trace
+from homelab_ft.plan.vram import _wishes, estimate
+from homelab_ft.train.watch import versions
+
+HERE = Path(__file__).resolve().parent
+SLOW = 5e9      # parameters; larger models of `ALTERNATING` are not drawn
+TARGETS = ['all-linear', 'all-linear', 'all-linear', ['q_proj', 'v_proj']]
+
+
+def draw(rng):
+    "Settings of a run."
+    model = rng.choice([m for m in KNOWN if model_shape(m).model_type not in ALTERNATING or model_shape(m).n_params < SLOW])
+    shape = model_shape(model)
+    method = rng.choice(['qlora'] * 5 + ['lora'] * 3 + ['int8'] + ['full'] * 2 * (shape.n_params < 3e9))
+    found = dict(model=model, method=method, per_device_train_batch_size=rng.choice([1, 1, 2, 3, 4, 8]), max_length=min(rng.choice([256, 333, 512, 1000, 1024, 2048, 3000, 4096, 8192]), shape.max_position_embeddings),
+                 optim=rng.choice(['adamw_torch', 'adamw_8bit', 'paged_adamw_8bit']), gradient_checkpointing=rng.choice([True, False]),
+                 gradient_accumulation_steps=rng.choice([1, 4]), torch_compile=rng.choice(['auto', 'auto', False]))
+    if method == 'qlora': found |= dict(bnb_4bit_use_double_quant=rng.choice([True, False]))
+    if method == 'full': return found
+    targets = rng.choice(TARGETS) if 'q_proj' in shape.linears else 'all-linear'
+    return found | dict(lora_r=rng.choice([4, 8, 16, 32, 64]), target_modules=targets, padding_free=rng.choice(['auto', 'auto', False]))
+
+
+def draw_pass(rng, settings):
+    "Levels and the share of learned positions, where rows lie end to end."
+    n, tokens = model_shape(settings['model']).num_hidden_layers, settings['per_device_train_batch_size'] * settings['max_length']
+    if settings['method'] in ('full', 'int8') or settings['padding_free'] is False or rng.random() < 0.5: return dict(levels=None, learned=None)
+    first, second = rng.choice([('keep', 'mlp'), ('mlp', 'layer')])
+    k = rng.randrange(3, n - 2)
+    size, learned = padded(tokens, rng.randrange(1, tokens))
+    return rng.choice([dict(levels={first: k, second: n - k}, learned=None), dict(levels=None, learned=learned)])
+
+
+def closed(row):
+    "Tensors and the process in the closed form's steps."
+    config, wanted = make_config(**row['settings']), row['drawn']
+    wishes = _wishes(config, 1.)
+    if wanted['learned']: wishes |= dict(label_share=wanted['learned'] / (config.per_device_train_batch_size * config.max_length))
+    est = estimate(model_shape(config.model), **wishes, gradient_checkpointing=config.gradient_checkpointing, levels=wanted['levels'])
+    return dict(allocated=max(sum(parts.values()) - parts['overhead'] for name, parts in est.phases.items() if name not in LATER), process=est.step_peak)
+
+
+def traced(settings, drawn):
+    "The same in a trace; whole models with all their layers, since their gaps depend on all."
+    config = make_config(**settings)
+    size, _ = padded(config.per_device_train_batch_size * config.max_length)
+    shape = (size, min(size, drawn['learned']), max(8, config.per_device_train_batch_size + 1)) if drawn['learned'] else ()
+    found = trace(config, levels=drawn['levels'], shape=shape, whole=config.method == 'full')
+    return dict(allocated=found.allocated, process=found.process, phase=found.phase, rows=found.paths['rows'], seconds=found.seconds)
+
+
+def apart(row, kind):
+    "The closed form over the trace, less 1."
+    return closed(row)[kind] / row['trace'][kind] - 1
+
+
+def main(rows='100', seed='2'):
+    rng, found = random.Random(int(seed)), []
+    for _ in tqdm(range(int(rows))):
+        settings = draw(rng)
+        drawn = draw_pass(rng, settings)
+        found.append(dict(settings=settings, drawn=drawn, trace=traced(settings, drawn)))
+        write_json(HERE / 'agree.json', dict(date=now()[:10], seed=int(seed), versions=versions(), rows=found))
+    for kind in ('allocated', 'process'):
+        print(kind, Table(['apart', 'GiB', 'phase', 'settings', 'drawn'], [[f'{apart(r, kind):+.2%}', f"{r['trace'][kind] / 2**30:.1f}", r['trace']['phase'], json.dumps(r['settings']), json.dumps(r['drawn'])]
+                                                                           for r in sorted(found, key=lambda r: -abs(apart(r, kind)))[:12]]), sep='\n')
+
+
+if __name__ == '__main__': main(*sys.argv[1:])
