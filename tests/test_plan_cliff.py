@@ -24,7 +24,7 @@ def cases(cliff): return cliff.choose()
 
 
 def test_cases_stand_just_on_both_sides_of_every_limit(cliff, cases):
-    assert len(cases) == 32 and {limit for _, limit in cases} == {8, 12, 16, 24}
+    assert len(cases) == 40 and {limit for _, limit in cases} == {8, 12, 16, 24}
     for (inside, limit), (beyond, same) in zip(cases[::2], cases[1::2]):
         assert limit == same and inside | dict(max_length=0) == beyond | dict(max_length=0) and inside['max_length'] < beyond['max_length']
         low, high = (cliff.share(x, limit) for x in (inside, beyond))
@@ -89,7 +89,7 @@ def test_what_happened(cliff, cases):
 
 
 @pytest.mark.parametrize('odd, i', [(odd, 0) for odd in (dict(compile='its gradient is 1e0 away'), dict(recompute=dict(mlp=3)), dict(held=4), dict(graph='no card'), dict(rows='switched off'))] +
-                         [(dict(rows='on'), -1), (dict(recompute={}), -1)])
+                         [(dict(rows='on'), -1), (dict(recompute={}), -10)])
 def test_a_step_that_was_not_as_planned_counts_for_nothing(cliff, cases, odd, i):
     settings, limit = cases[i]
     row = cliff.judged(trained(cliff, settings, limit, **odd))
@@ -125,5 +125,5 @@ def test_a_run_of_the_benchmark(cliff, monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(cliff.matrix, 'measure', lambda case, fixed: measure(case, fixed, wrong))
         assert cliff.main(str(tmp_path / 'out.json'), '2') == wrong
         told = json.loads((tmp_path / 'out.json').read_text())['rows']
-        assert len(told) == 32 and sum(not r['agrees'] for r in told) == 8 * wrong
+        assert len(told) == 40 and sum(not r['agrees'] for r in told) == 10 * wrong
         assert (' NO\n' in capsys.readouterr().out) == wrong

@@ -3,7 +3,8 @@
 Without arguments it prints its cases, which needs no card. Exit code 1 if a verdict was wrong.
 
 The limit is `torch.cuda.set_per_process_memory_fraction`. It holds for what PyTorch takes from the driver, reserved memory; the context and the libraries lie outside of it.
-So what is compared with the limit is the closed form's process figure less these two: tensors, and the allocator's gaps. A card that really has 8 GiB would have to hold all.
+So what is compared with the limit is what the closed form says is needed, less these two: tensors, and gaps within recorded passes. Gaps of padded rows are given back when the
+card is full. A card that really has 8 GiB would have to hold all.
 Up to 97 % of the limit the verdict is "fits", from 103 % on "runs out"; between them there is none, and nothing is tested.
 
 A case must be one configuration, not a family of which the step takes the one that fits. So every layer keeps everything, or every layer computes again, instead of `auto`;
@@ -11,8 +12,7 @@ layers in 4 bits are not compiled, since numbers that random weights decide may 
 What it gives up before its first step counts as run out as well: passes that are not recorded since the card is too full. One thing follows the limit and is known to
 the closed form: how many positions the loss takes at a time. A row whose step was not as planned for any other reason says so and counts for nothing.
 
-Where a disagreement may come from: gaps in the general pool can be given back, so padded rows may train though their reserved memory is over the limit (`gaps`: the tensors
-alone are below it; `retries`: how often PyTorch had to). And it compares a whole new block with the limit, even if a part of its memory is there already.
+`gaps` says that the tensors alone are below the limit; `retries`, how often PyTorch gave memory back.
 """
 import json, sys
 from bisect import bisect_left, bisect_right
@@ -36,8 +36,8 @@ from traces import chunk
 LIMITS = (24, 16, 12, 8)                # GiB; those that take longest first
 FITS, RUNS_OUT, WINDOW = 0.97, 1.03, 0.02       # shares of the limit; how far beyond them a case may be
 MODELS = ('SmolLM2-135M', 'SmolLM2-360M', 'Qwen3-0.6B', 'Llama-3.2-1B', 'Qwen3-1.7B', 'Llama-3.2-3B', 'Phi-3-mini', 'Llama-3.1-8B', 'Qwen3-8B', 'Llama-2-13B', 'Qwen3-14B')
-FAST, PADDED = (dict(method='lora'), dict(method='qlora', torch_compile=False)), (dict(method='lora', padding_free=False), dict(method='full'))
-PAIRS = (FAST[:1], FAST[1:], FAST, PADDED)      # for each limit four times a case just inside and one just beyond, each time of one of these kinds
+FAST, PADDED, WHOLE = (dict(method='lora'), dict(method='qlora', torch_compile=False)), (dict(method='lora', padding_free=False),), (dict(method='full'),)
+PAIRS = (FAST[:1], FAST[1:], FAST, PADDED, WHOLE)      # for each limit five times a case just inside and one just beyond, each time of one of these kinds
 BATCHES, MOST_TOKENS, GRAIN = (1, 2, 4, 8), 16384, 256      # passes of the fast step are multiples of GRAIN
 TOGETHER = 3                            # cases on more than 16 GiB that run at the same time
 
@@ -47,11 +47,11 @@ def _need(said, limit_gib):
     settings = json.loads(said)
     config = make_config(**settings)
     est = estimate(model_shape(config.model), **_wishes(config, 1.), gradient_checkpointing=config.gradient_checkpointing, chunk=chunk(config, limit_gib))
-    return dict(allocated=tensors(est), reserved=reserved_bytes(est, config.torch_compile is not False), step=est.step)
+    return dict(allocated=tensors(est), reserved=reserved_bytes(est, config.torch_compile is not False) - est.gaps, step=est.step)
 
 
 def need(settings, limit_gib):
-    "Predicted bytes, allocated and reserved, and which step it is about."
+    "Predicted bytes: allocated, and needed of PyTorch; and which step it is about."
     return _need(json.dumps(settings, sort_keys=True), limit_gib)
 
 

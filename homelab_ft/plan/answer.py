@@ -52,5 +52,5 @@ def plan_json(
     "The same as JSON."
     return json.dumps(dict(model=config.model, method=config.method, max_length=config.max_length, batch_size=config.per_device_train_batch_size,
                            gradient_accumulation_steps=config.gradient_accumulation_steps, packing=config.packing, optim=config.optim, card=name,
-                           limit_bytes=limit, fits=est.fits(limit), peak_bytes=est.peak, peak_phase=est.phase, parts=est.parts, phases=est.phases,
+                           limit_bytes=limit, fits=est.fits(limit), peak_bytes=est.peak, needed_bytes=est.needed, peak_phase=est.phase, parts=est.parts, phases=est.phases,
                            step_peak_bytes=est.step_peak, levels=est.levels, step=est.step), indent=1)

@@ -97,8 +97,7 @@ def chunk_bytes(
     vocab: int,             # entries of the vocabulary
 ) -> float:
     "What the loss takes for logits and their gradients."
-    if not per_logit or learned <= chunk: return per_logit * learned * vocab
-    return max(per_logit * chunk, per_logit * min(chunk, learned - chunk) + 2 * chunk) * vocab
+    return per_logit * min(learned, chunk) * vocab
 
 # %% ../../nbs/plan/fast.ipynb #37160ece
 def chunk_for(

@@ -77,8 +77,7 @@ def lean_loss_bytes(
     "Bytes of logits and cross-entropy in chunks, with the hidden states they are made of; the head's gradient and 16-bit copy are not among them."
     vocab, head = shape.vocab_size, b * shape.vocab_size * shape.hidden_size
     chunk = min(positions, max(128, LEAN_LOGITS // vocab // 128 * 128))
-    size, later = (8 if b == 2 else 4) * vocab, min(chunk, positions - chunk)
-    in_place = max(size * chunk, (size * later + b * vocab * chunk) * bool(later))      # the gradient of the chunk before is still there
+    in_place = (8 if b == 2 else 4) * chunk * vocab
     return max(in_place, b * chunk * vocab + head) + 8 * positions * shape.hidden_size
 
 # %% ../../nbs/plan/plain.ipynb #ad68ce27

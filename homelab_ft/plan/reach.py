@@ -80,8 +80,8 @@ def length_batch_map(
     margin: float = 0.05,                  # share of the memory to leave free
     gradient_checkpointing: bool = None,   # for all layers, as in `estimate`; None: levels fitted
     **wishes,                              # other arguments of `estimate`, of `ARGUMENTS`
-) -> np.ndarray:                           # bytes at the peak, a row per length, a column per batch
-    "Peaks of all pairs."
+) -> np.ndarray:                           # bytes needed, a row per length, a column per batch
+    "What all pairs need."
     _check(limit, margin, wishes, 'length', 'batch_size')
     for n in lengths: _check_sizes(shape, n, wishes.get('label_share', 1))
     plan = partial(fitted, shape, limit, margin) if gradient_checkpointing is None else partial(estimate, shape, gradient_checkpointing=gradient_checkpointing)
@@ -94,7 +94,7 @@ def _peaks(plan, lengths, batches, wishes) -> list:
     for n, b in sorted(((n, b) for n in lengths for b in batches), key=lambda pair: -pair[0]):
         est = known.get(n * b) or plan(**wishes | dict(length=int(n), batch_size=int(b)))
         if est.step == 'fast' and est.phase not in LATER: known[n * b] = est
-        found[n, b] = est.peak
+        found[n, b] = est.needed
     return [[found[n, b] for b in batches] for n in lengths]
 
 # %% ../../nbs/plan/reach.ipynb #46bf99bb

@@ -39,6 +39,11 @@ class MemoryTrace:
     seconds: float          # that the trace took
     events: list = field(repr=False)    # of the ledger; empty unless all layers were traced
 
+    @property
+    def needed(self) -> int:
+        "Bytes without which the run ends: PyTorch gives gaps back on a full card, but those of recordings."
+        return self.process - (0 if self.recorded else self.reserved - self.allocated)
+
     def __str__(self): return str(trace_table(self))
     def _repr_html_(self): return trace_table(self)._repr_html_()
 
@@ -113,7 +118,7 @@ def _check_pass(config, shape, levels, tile, chunk):
 def _ask(request: dict) -> list:
     "What the rehearsals say; an error of theirs as if it had happened here."
     done = subprocess.run([sys.executable, '-P', '-W', 'ignore', '-m', 'homelab_ft.train.rehearse'], input=json.dumps(request), capture_output=True, text=True,
-                          env=os.environ | dict(OMP_NUM_THREADS='1'))      # nothing is computed, and threads that wait are in each other's way
+                          env=os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''))      # nothing is computed: no waiting threads, no card
     try: said = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         raise RunError('the rehearsal broke off', value=(done.stderr.strip().splitlines() or ['no message'])[-1], next_step='plan.vram has a formula for this') from None
@@ -194,7 +199,7 @@ def fit_trace(
     layers, wish = model_shape(config.model).num_hidden_layers, config.gradient_checkpointing
     for level in [wish] if type(wish) is bool else [False, True]:
         found = trace(config, {'layer' if level else 'keep': layers}, card=card, correction=correction)
-        need = found.allocated + ASSUMED_OVERHEAD if card == 'cpu' else found.process
+        need = found.allocated + ASSUMED_OVERHEAD if card == 'cpu' else found.needed
         room = limit_bytes * (1 - margin) - need
         if room >= 0: break
     kept = 'every layer computed again' if level else 'everything kept'

@@ -47,6 +47,7 @@ class MemoryEstimate:
     levels: dict        # what the layers keep: level -> layers
     step: str = 'fast'  # which step it is about; if the plain one, why
     host: int = 0       # in host memory: paged moments, layers' inputs that wait there
+    gaps: int = 0       # of a step's overhead, gaps between blocks that PyTorch gives back on a full card
 
     @property
     def parts(self) -> dict:
@@ -64,16 +65,21 @@ class MemoryEstimate:
         return max(sum(parts.values()) for name, parts in self.phases.items() if name not in LATER)
 
     @property
+    def needed(self) -> int:
+        "Bytes without which the run ends: the peak, without the gaps that a full card gets back."
+        return max(sum(parts.values()) - self.gaps * (name not in LATER) for name, parts in self.phases.items())
+
+    @property
     def allocated(self) -> int:
         "Bytes of tensors at the peak: everything but the overhead."
         return self.peak - self.overhead
 
     def fits(self,
         limit_bytes: float,      # memory of the card
-        margin: float = 0.05,    # share of it to leave free, for the allocator's gaps and the estimate's error
+        margin: float = 0.05,    # share of it to leave free, for the estimate's error
     ) -> bool:
-        "Whether the peak stays below the limit less the margin."
-        return self.peak <= limit_bytes * (1 - margin)
+        "Whether what is needed stays below the limit less the margin."
+        return self.needed <= limit_bytes * (1 - margin)
 
     def __str__(self): return str(estimate_table(self))
     def _repr_html_(self): return estimate_table(self)._repr_html_()
@@ -133,25 +139,18 @@ def _fixed(shape, method, trained, double_quant, states, b, fast, card) -> dict:
     return found | dict(gradients=4 * trained) if fast else found
 
 # %% ../../nbs/plan/vram.ipynb #131f38fa
-def _overhead(shape, trained, logits, levels, recorded, compiled, card, correction, lean=False, tokens=0) -> int:
-    "Context, libraries and gaps."
-    if card == 'cpu': return ASSUMED_OVERHEAD
+def _overhead(shape, trained, logits, levels, recorded, compiled, card, correction, lean=False, tokens=0) -> tuple:
+    "Context, libraries and gaps; and which of the gaps a full card gets back: those outside of recordings."
+    if card == 'cpu': return ASSUMED_OVERHEAD, 0
     head, again = 4 * shape.vocab_size * shape.hidden_size * lean, 2 * tokens * shape.hidden_size * bool({*levels} - {'keep'})
     gaps = usual_gaps(trained, logits, WORKSPACE_BYTES[card], recorded, compiled, head, again, shape.eager)
-    return process_bytes(gaps, levels, recorded, compiled, correction)
+    return process_bytes(gaps, levels, recorded, compiled, correction), gaps * (not recorded)
 
 # %% ../../nbs/plan/vram.ipynb #649c2d02
 def _all_phases(fixed: dict, staging: int, extra: dict, trained: int) -> dict:
     "Every phase of a step, with its parts."
-    none = dict.fromkeys(PARTS, 0)
-    added = {name: together(fixed, parts) for name, parts in extra.items()}
-    return {'load': none | dict(weights=fixed['weights'] + staging, overhead=fixed['overhead']), **added, 'optimizer step': fixed | dict(gradients=4 * trained)}
-
-# %% ../../nbs/plan/vram.ipynb #0ffd6e84
-def _largest(phases, kept, step, host) -> MemoryEstimate:
-    "The estimate, with the parts of its largest phase."
-    peak = max(phases, key=lambda name: sum(phases[name].values()))
-    return MemoryEstimate(**phases[peak], phase=peak, phases=phases, levels=kept, step=step, host=host)
+    loaded = dict.fromkeys(PARTS, 0) | dict(weights=fixed['weights'] + staging, overhead=fixed['overhead'])
+    return {'load': loaded, **{name: together(fixed, parts) for name, parts in extra.items()}, 'optimizer step': fixed | dict(gradients=4 * trained)}
 
 # %% ../../nbs/plan/vram.ipynb #39597856
 def estimate(
@@ -189,17 +188,14 @@ def estimate(
     if why: extra = plain_phases(shape, method, batch_size, length, learned, trained, targets, lora_r, b, 'layer' in kept, gradient_accumulation_steps > 1, lean)
     else: extra = fast_phases(shape, method, kept, *padded(tokens, learned), lora_r, torch_compile, chunk, tuple(targets))
     fixed = _fixed(shape, method, trained, double_quant, states, b, not why, card)
-    fixed['overhead'] = _overhead(shape, trained, max(parts.get('logits_loss', 0) for parts in extra.values()), kept, recorded, torch_compile, card, correction, lean, tokens)
-    outside = _overhead(shape, 0, logits_bytes(shape, round(length * label_share), b), {}, False, False, card, correction)
+    fixed['overhead'], gaps = _overhead(shape, trained, max(parts.get('logits_loss', 0) for parts in extra.values()), kept, recorded, torch_compile, card, correction, lean, tokens)
+    outside, _ = _overhead(shape, 0, logits_bytes(shape, round(length * label_share), b), {}, False, False, card, correction)
     later = later_phases(shape, method, fixed, outside, length, round(length * label_share), max_new_tokens, trained, b, not why)
     phases = _all_phases(fixed, working_bytes(shape, method, 0, b), extra, trained) | later
-    return _largest(phases, kept, f'plain: {why}' if why else 'fast', host + kept.get('offload', 0) * b * tokens * shape.hidden_size)
+    phase, told, host = max(phases, key=lambda name: sum(phases[name].values())), f'plain: {why}' if why else 'fast', host + kept.get('offload', 0) * b * tokens * shape.hidden_size
+    return MemoryEstimate(**phases[phase], phase=phase, phases=phases, levels=kept, step=told, host=host, gaps=gaps)
 
 # %% ../../nbs/plan/vram.ipynb #51d83fd6
-def _standing(est) -> int:
-    "Bytes that are there in every phase of the fast step."
-    return sum(est.phases['optimizer step'].values())
-
 def _away(shape, wishes) -> list:
     "The estimate with every layer's input in host memory, if there are terms for it."
     try: return [estimate(shape, **wishes, levels=dict(offload=shape.num_hidden_layers))]
@@ -214,7 +210,7 @@ def fitted(
 ) -> MemoryEstimate:         # of the most that fits; of the least that a run needs, if nothing does
     "The estimate with layers that keep as much as there is room for."
     n, all_keep = shape.num_hidden_layers, estimate(shape, **wishes)
-    wishes |= dict(chunk=chunk_for(shape.vocab_size, limit_bytes * (1 - margin) - _standing(all_keep)))
+    wishes |= dict(chunk=chunk_for(shape.vocab_size, limit_bytes * (1 - margin) - sum(all_keep.phases['optimizer step'].values())))      # there all the time
     all_keep, least = estimate(shape, **wishes), estimate(shape, **wishes, gradient_checkpointing=True)
     if all_keep.fits(limit_bytes, margin): return all_keep
     if all_keep.step != 'fast': return least
@@ -273,8 +269,9 @@ def verdict(
     margin: float = 0.05,    # share of it to leave free
 ) -> str:
     "Whether it fits, by how much, and what the peak is made of, in two sentences."
-    room = limit_bytes * (1 - margin) - est.peak
-    answer = f'Fits, with {fmt_gib(room)} to spare' if room >= 0 else f'Does not fit: {fmt_gib(-room)} too much'
+    room, gaps = limit_bytes * (1 - margin) - est.peak, est.peak - est.needed
+    tight = f'Fits after PyTorch gives back {fmt_gib(-room)} of gaps between blocks' if room + gaps >= 0 else f'Does not fit: {fmt_gib(-room - gaps)} too much'
+    answer = f'Fits, with {fmt_gib(room)} to spare' if room >= 0 else tight
     largest = sorted(est.parts, key=est.parts.get, reverse=True)[:2]
     made_of = ' and '.join(f'{PART_LABELS[name]} ({fmt_gib(est.parts[name])})' for name in largest)
     return f'{answer} ({fmt_gib(est.peak)} of {fmt_gib(limit_bytes)}, {margin:.0%} left free). The peak is at {est.phase}, mostly {made_of}.'

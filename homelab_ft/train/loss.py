@@ -51,6 +51,7 @@ class ChunkedLoss(torch.autograd.Function):
             total += loss
             grad[rows] = slope @ w
             if dw is not None: dw += slope.t() @ hidden[rows]
+            del slope                                       # not beside the next chunk's logits
         ctx.given = False
         ctx.save_for_backward(grad, dw)
         return total

@@ -88,7 +88,7 @@ def _predicted(config, job) -> dict:
     paths, capability = job.engine.paths, torch.cuda.get_device_capability()
     levels = paths.get('recompute') or None
     said = trace(config, levels, tile=paths.get('tile', 0), chunk=getattr(job.engine, 'chunk', 0), card='hopper' if capability >= (9, 0) else 'ampere',
-                 table_away='table' in paths, held=paths.get('held', 0))
+                 table_away='table' in paths, held=paths.get('held', 0), whole=paths['rows'] != 'on')       # gaps of padded rows grow with the layers
     return dict(allocated=said.first_pass if paths.get('peak_bytes') else said.allocated, reserved=said.reserved, process=said.process)
 
 # %% ../../nbs/train/probe.ipynb #51cbb07f
