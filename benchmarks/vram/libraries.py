@@ -12,14 +12,16 @@ from predict import merged
 from traces import fast, key, trained
 
 HERE = Path(__file__).resolve().parent
-NAMES = ('recorded', 'recorded_compiled', 'recorded_keep', 'recorded_again')
+NAMES = ('plain', 'recorded', 'recorded_compiled', 'recorded_keep', 'recorded_again', 'eight_bits')
 
 
 def layers(row):
-    "1, and how many layers are compiled, uncompiled with everything kept, uncompiled and computed again."
+    "Whether rows are padded, and whether they are not; how many layers are then compiled, uncompiled with everything kept, uncompiled and computed again; 8-bit weights."
+    eight = row['settings']['method'] == 'int8'
+    if not fast(row): return [1, 0, 0, 0, 0, eight]
     levels, compiled = row['paths']['recompute'], row['paths']['compile'] == 'on'
     keep, n = levels.get('keep', 0), sum(levels.values())
-    return [1, n * compiled, keep * (not compiled), (n - keep) * (not compiled)]
+    return [0, 1, n * compiled, keep * (not compiled), (n - keep) * (not compiled), eight]
 
 
 def gap(row, found):
@@ -34,10 +36,9 @@ def main():
     told = json.loads((HERE / 'measured.json').read_text())
     beside = lambda r: r['process'] - told['context'] - r['reserved']
     rows = [r for r in told['rows'] if not r['held_back']]
-    plain, recorded = [beside(r) for r in rows if not fast(r)], [r for r in rows if fast(r)]
+    recorded = [r for r in rows if fast(r)]
     print('context:', told['context'])
-    print('plain:', round(np.mean(plain)), [n - round(np.mean(plain)) for n in plain])
-    x, y = np.array([layers(r) for r in recorded], float), np.array([beside(r) for r in recorded])
+    x, y = np.array([layers(r) for r in rows], float), np.array([beside(r) for r in rows])
     found = np.linalg.lstsq(x, y, rcond=None)[0]
     for name, n in zip(NAMES, found): print(f'{name}:', round(n))
     traced = json.loads((HERE / 'traces.json').read_text())

@@ -46,7 +46,17 @@ def padded():
     yield from (case('gemma-3-1b', 'lora', 1024, 2), case('Llama-3.2-1B', 'int8', 1024, 2))
 
 
-CASES = [*whole_card(), *limited(), *padded()]      # new ones go to the end
+def further():
+    "8-bit weights, DoRA, Gemma, layers that are small and not compiled."
+    yield from (case('SmolLM2-360M', 'int8', 512, 4), case('Llama-3.2-3B', 'int8', 1024, 2, gradient_checkpointing=True), case('Qwen3-0.6B', 'int8', 2048, 1, padding_free=False),
+                case('Llama-3.2-1B', 'int8', 2048, 1), case('gemma-3-1b', 'qlora', 1024, 2, gradient_checkpointing=True), case('gemma-2-2b', 'qlora', 1024, 1),
+                case('Llama-3.2-1B', 'qlora', 1024, 2, use_dora=True), case('Qwen3-0.6B', 'lora', 1024, 2, use_dora=True),
+                case('SmolLM2-360M', 'full', 512, 2, optim='paged_adamw_8bit'), case('Llama-3.2-1B', 'qlora', 2048, 4, target_modules=['q_proj', 'v_proj']),
+                case('SmolLM2-135M', 'qlora', 512, 2, torch_compile=False), case('SmolLM2-360M', 'qlora', 333, 3, torch_compile=False, gradient_checkpointing=True),
+                case('TinyLlama-1.1B', 'lora', 1024, 1, torch_compile=False))
+
+
+CASES = [*whole_card(), *limited(), *padded(), *further()]      # new ones go to the end
 
 
 def held_back():

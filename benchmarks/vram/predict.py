@@ -44,9 +44,9 @@ def measured(row):
     return dict(allocated=row['paths']['peak_bytes'] if fast(row) else row['allocated'], reserved=row['reserved'], process=row['process'])
 
 
-def reserved_bytes(est, compiled=True):
+def reserved_bytes(est, compiled=True, eight_bits=False):
     "Of the process in an estimate, what PyTorch has: all but context and libraries."
-    return est.step_peak - process_bytes(0, est.levels, est.step == 'fast', compiled)
+    return est.step_peak - process_bytes(0, est.levels, est.step == 'fast', compiled, eight_bits=eight_bits)
 
 
 def tensors(est):
@@ -65,7 +65,7 @@ def closed(row):
     est = estimate(model_shape(config.model), **_wishes(config, 1.), levels=given['levels'], chunk=given.get('chunk', 0), full_logits='loss' not in row['paths'])
     first, compiled = first_pass(est), config.torch_compile is not False
     more = merged(row, dict(first_pass=first))
-    return dict(allocated=first if fast(row) else tensors(est), reserved=reserved_bytes(est, compiled) + more, process=est.step_peak + more)
+    return dict(allocated=first if fast(row) else tensors(est), reserved=reserved_bytes(est, compiled, config.method == 'int8') + more, process=est.step_peak + more)
 
 
 def traced(row, found):

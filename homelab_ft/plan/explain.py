@@ -12,7 +12,7 @@ from ..core import ConfigError, fmt_gib
 from ..files import Table
 from .fast import chunk_for
 from .speed import _check_numbers, _check_wishes, pass_seconds, total_operations
-from .vram import PART_LABELS, MemoryEstimate, _standing, estimate, verdict
+from .vram import PART_LABELS, MemoryEstimate, estimate, verdict
 
 # %% ../../nbs/plan/explain.ipynb #145123bd
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _made_with(est, shape, limit, margin, wishes) -> dict:
     _check_numbers(False, limit_bytes=limit)
     _check_wishes(wishes, ARGUMENTS)
     wishes = {k: v for k, v in wishes.items() if k != 'gradient_checkpointing'} | dict(levels=est.levels)
-    fewer = chunk_for(shape.vocab_size, limit * (1 - margin) - _standing(estimate(shape, **wishes | dict(levels=None))))
+    fewer = chunk_for(shape.vocab_size, limit * (1 - margin) - sum(estimate(shape, **wishes | dict(levels=None)).phases['optimizer step'].values()))
     for chunk in (wishes.get('chunk', 0), fewer):
         args = wishes | dict(chunk=chunk)
         if estimate(shape, **args).phases == est.phases: return args

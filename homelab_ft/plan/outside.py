@@ -25,12 +25,14 @@ def library_bytes(
     levels: dict,           # level -> layers
     recorded: bool,         # passes are recorded
     compiled: bool,         # layers are compiled
+    eight_bits: bool = False,   # weights are in 8 bits, whose products have kernels of their own
 ) -> int:
     "Kernels, libraries and recordings."
     c, keep = process_constants(), levels.get('keep', 0)
-    if not recorded: return c['plain']
+    more = c['eight_bits'] * eight_bits
+    if not recorded: return c['plain'] + more
     each = c['recorded_compiled'] if compiled else c['recorded_keep']
-    return c['recorded'] + keep * each + (sum(levels.values()) - keep) * (each if compiled else c['recorded_again'])
+    return more + c['recorded'] + keep * each + (sum(levels.values()) - keep) * (each if compiled else c['recorded_again'])
 
 def process_bytes(
     reserved: int,          # from `reserved_bytes`, and merged matrices
@@ -38,9 +40,10 @@ def process_bytes(
     recorded: bool,         # passes are recorded
     compiled: bool,         # layers are compiled
     correction: int = 0,    # bytes, from `correction_for`
+    eight_bits: bool = False,   # as for `library_bytes`
 ) -> int:
     "What the driver counts for the process."
-    return process_constants()['context'] + library_bytes(levels, recorded, compiled) + reserved + correction
+    return process_constants()['context'] + library_bytes(levels, recorded, compiled, eight_bits) + reserved + correction
 
 # %% ../../nbs/plan/outside.ipynb #3970a70f
 def probes_file() -> Path:

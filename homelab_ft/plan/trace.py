@@ -152,7 +152,7 @@ def trace(
     scenes = [common | dict(levels=[k for k, n in c.items() for _ in range(n)]) for c in tried]
     found = _ask(dict(config=config.model_dump(), scenes=scenes))
     recorded = card != 'cpu' and not table_away and _records(config, counts, found[0]['paths'])
-    process = dict(recorded=recorded, held=held * merged_bytes(sizes, config.target_modules), card=card, correction=correction)
+    process = dict(recorded=recorded, held=held * merged_bytes(sizes, config.target_modules), card=card, correction=correction, eight_bits=config.method == 'int8')
     return _result(found, counts, process, [sum(c.values()) for c in tried], began)
 
 # %% ../../nbs/plan/trace.ipynb #41820605
@@ -161,11 +161,11 @@ def _records(config, counts, paths) -> bool:
     return paths['rows'] == 'on' and config.cuda_graph is not False and not config.lora_dropout and 'offload' not in counts
 
 # %% ../../nbs/plan/trace.ipynb #e20c94b6
-def _outside(books, counts, compiled, recorded, held, card, correction) -> tuple:
+def _outside(books, counts, compiled, recorded, held, card, **more) -> tuple:
     "Reserved and process bytes. On a processor there is nothing beside tensors."
     few = [pools_of(book, recorded) for book in books]
     reserved = sum(pool_bytes(books, pool, counts) for pool in zip(*few)) + (lane_workspaces(books[0]) if recorded else 0) + held
-    return reserved, reserved if card == 'cpu' else process_bytes(reserved, counts, recorded, compiled, correction)
+    return reserved, reserved if card == 'cpu' else process_bytes(reserved, counts, recorded, compiled, **more)
 
 # %% ../../nbs/plan/trace.ipynb #78f16c36
 def _result(found, counts, process, layers, began) -> MemoryTrace:

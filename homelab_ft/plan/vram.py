@@ -139,12 +139,12 @@ def _fixed(shape, method, trained, double_quant, states, b, fast, card) -> dict:
     return found | dict(gradients=4 * trained) if fast else found
 
 # %% ../../nbs/plan/vram.ipynb #131f38fa
-def _overhead(shape, trained, logits, levels, recorded, compiled, card, correction, lean=False, tokens=0) -> tuple:
+def _overhead(shape, method, trained, logits, levels, recorded, compiled, card, correction, lean=False, tokens=0) -> tuple:
     "Context, libraries and gaps; and which of the gaps a full card gets back: those outside of recordings."
     if card == 'cpu': return ASSUMED_OVERHEAD, 0
     head, again = 4 * shape.vocab_size * shape.hidden_size * lean, 2 * tokens * shape.hidden_size * bool({*levels} - {'keep'})
     gaps = usual_gaps(trained, logits, WORKSPACE_BYTES[card], recorded, compiled, head, again, shape.eager)
-    return process_bytes(gaps, levels, recorded, compiled, correction), gaps * (not recorded)
+    return process_bytes(gaps, levels, recorded, compiled, correction, method == 'int8'), gaps * (not recorded)
 
 # %% ../../nbs/plan/vram.ipynb #649c2d02
 def _all_phases(fixed: dict, staging: int, extra: dict, trained: int) -> dict:
@@ -188,8 +188,8 @@ def estimate(
     if why: extra = plain_phases(shape, method, batch_size, length, learned, trained, targets, lora_r, b, 'layer' in kept, gradient_accumulation_steps > 1, lean)
     else: extra = fast_phases(shape, method, kept, *padded(tokens, learned), lora_r, torch_compile, chunk, tuple(targets))
     fixed = _fixed(shape, method, trained, double_quant, states, b, not why, card)
-    fixed['overhead'], gaps = _overhead(shape, trained, max(parts.get('logits_loss', 0) for parts in extra.values()), kept, recorded, torch_compile, card, correction, lean, tokens)
-    outside, _ = _overhead(shape, 0, logits_bytes(shape, round(length * label_share), b), {}, False, False, card, correction)
+    fixed['overhead'], gaps = _overhead(shape, method, trained, max(parts.get('logits_loss', 0) for parts in extra.values()), kept, recorded, torch_compile, card, correction, lean, tokens)
+    outside, _ = _overhead(shape, method, 0, logits_bytes(shape, round(length * label_share), b), {}, False, False, card, correction)
     later = later_phases(shape, method, fixed, outside, length, round(length * label_share), max_new_tokens, trained, b, not why)
     phases = _all_phases(fixed, working_bytes(shape, method, 0, b), extra, trained) | later
     phase, told, host = max(phases, key=lambda name: sum(phases[name].values())), f'plain: {why}' if why else 'fast', host + kept.get('offload', 0) * b * tokens * shape.hidden_size

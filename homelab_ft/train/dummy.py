@@ -32,10 +32,10 @@ def _constants(layer, config, device):
 # %% ../../nbs/train/dummy.ipynb #caeb7f26
 def _four_bits(layer, config, device):
     "A random weight in 4 bits."
+    from bitsandbytes.nn import Params4bit
     n = layer.out_features * layer.in_features
-    new = nn.Parameter(torch.randint(0, 256, (-(-n // 2), 1), dtype=torch.uint8, device=device), requires_grad=False)
-    new.quant_state = _constants(layer, config, device)
-    return new
+    packed = torch.randint(0, 256, (-(-n // 2), 1), dtype=torch.uint8, device=device)
+    return Params4bit(packed, quant_state=_constants(layer, config, device), quant_type=config.bnb_4bit_quant_type, bnb_quantized=True)
 
 # %% ../../nbs/train/dummy.ipynb #7db4ecae
 def _eight_bits(layer, device):

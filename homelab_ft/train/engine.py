@@ -181,7 +181,7 @@ def accumulate(
     for batch in micro_batches:
         part = _part(model, batch, n, label_smoothing, loss)
         part.backward()
-        total = total + part.detach()
+        total, part = total + part.detach(), None       # with its graph go the inputs that products in 8 bits hold
     return total, n
 
 # %% ../../nbs/train/engine.ipynb #bbe543fb

@@ -188,7 +188,7 @@ def accumulate(self: PairSteps,
     for rows in micro_batches:
         loss, seen = self.loss(pairs, rows)
         (loss * (len(rows) / n)).backward()
-        total, parts = total + loss.detach() * (len(rows) / n), parts + [(len(rows), seen)]
+        total, parts, loss = total + loss.detach() * (len(rows) / n), parts + [(len(rows), seen)], None     # and its graph
     self.watched = _mean(parts)
     return total, n
 

@@ -65,6 +65,7 @@ class Probe:
     predicted: dict         # allocated, reserved, process as the traced mode says
     paths: dict             # how the step computed
     versions: dict          # of libraries
+    method: str = 'qlora'   # of the run
 
     @property
     def libraries(self) -> int:
@@ -116,13 +117,13 @@ def probe(
     from homelab_ft.train.watch import versions
     job, context, highest = _measured(config)
     return Probe(torch.cuda.get_device_name(), job.engine.paths.get('peak_bytes') or torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(),
-                 highest, context, _predicted(config, job), dict(job.engine.paths), versions())
+                 highest, context, _predicted(config, job), dict(job.engine.paths), versions(), config.method)
 
 # %% ../../nbs/train/probe.ipynb #97c509a1
 def _correction(found) -> int:
     "Bytes that the card takes beside PyTorch's memory beyond what the plan has for it."
     paths = found.paths
-    said = process_bytes(0, paths.get('recompute') or {}, paths.get('graph') == 'on', paths.get('compile') == 'on')
+    said = process_bytes(0, paths.get('recompute') or {}, paths.get('graph') == 'on', paths.get('compile') == 'on', eight_bits=found.method == 'int8')
     return found.process - found.reserved - said
 
 # %% ../../nbs/train/probe.ipynb #ff394148
