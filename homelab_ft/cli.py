@@ -114,8 +114,8 @@ def _cmd_plan(
     if correction: about.append(f'Corrected by a probe of this card: {correction / 2**20:+.0f} MiB.')
     if choice: about.append(f'Chosen, as a run would: {choice}')
     if args.probe: return _probe(config)
-    if args.trace or config.use_dora and not args.json: return _print_trace(config, limit, about, correction)     # DoRA has no formula
     est = estimate_for(config, model_shape(config.model), limit_bytes=limit, correction=correction)
+    if args.trace or config.use_dora and est.step != 'fast' and not args.json: return _print_trace(config, limit, about, correction)      # no formula for DoRA in padded rows
     if args.json: print(plan_json(config, name, limit, est))
     else: print(*about, plan_text(est, limit), sep='\n\n')
     if args.pilot:

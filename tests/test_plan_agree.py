@@ -31,6 +31,10 @@ def test_there_is_a_bit_of_everything():
     assert sum(bool(r['drawn']['levels']) for r in ROWS) >= 5 <= sum(bool(r['drawn']['learned']) for r in ROWS)
 
 
+def test_the_closed_form_on_file_is_that_of_today(agree):
+    for row in ROWS: assert agree.closed(row) == row['closed'], 'run benchmarks/plan/agree.py 0'
+
+
 def test_tensors_agree(agree):
     found = sorted(abs(agree.apart(r, 'allocated')) for r in ROWS)
     assert found[len(found) // 2] < 0.002 and found[-1] < 0.02

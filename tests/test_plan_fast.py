@@ -5,7 +5,8 @@ from hypothesis import given, settings, strategies as st
 from homelab_ft.core import ConfigError, make_config
 from homelab_ft.plan import fast
 from homelab_ft.plan.shape import known_shapes, model_shape
-from homelab_ft.plan.vram import MemoryEstimate, about_step, estimate, estimate_for, fitted
+from homelab_ft.plan.answer import about_step
+from homelab_ft.plan.vram import MemoryEstimate, estimate, estimate_for, fitted
 from homelab_ft.train.fit import Options
 from homelab_ft.train.packing import shape_of
 
@@ -101,4 +102,4 @@ def test_fewer_adapters_keep_no_more(targets):
     shape = model_shape('Llama-3.2-1B')
     few, every = ({level: fast.fast_phases(shape, 'qlora', {level: 16}, 2048, 2048, targets=names) for level in ('keep', 'mlp', 'layer')} for names in (targets, ()))
     for level in few:
-        for phase, parts in few[level].items(): assert sum(parts.values()) <= sum(every[level][phase].values()) * 1.001, (level, phase)
+        for phase, parts in few[level].items(): assert sum(parts.values()) <= sum(every[level][phase].values()) * 1.005, (level, phase)

@@ -74,7 +74,7 @@ def test_an_unknown_setting_is_not_passed_over():
 # ---------------------------------------------------------------- fit
 
 def check(choice, limit, margin=0.05):
-    assert isinstance(choice, Choice) and choice.memory.peak <= limit * (1 - margin)
+    assert isinstance(choice, Choice) and choice.memory.needed <= limit * (1 - margin)
     assert choice.what_it_gives_up and make_config(**choice.settings).method == choice.method
 
 
@@ -183,7 +183,7 @@ def test_the_largest_model_grows_with_the_card(gib, more):
 def test_the_map_holds_the_same_numbers_and_its_line_parts_them():
     shape, limit, lengths, batches = SHAPES['Llama-3.1-8B'], 16 * GiB, [512, 2048, 8192, 32768], [1, 2, 4]
     peaks = length_batch_map(limit, shape, lengths, batches, method='qlora')
-    assert all(peaks[i, j] == fitted(shape, limit, method='qlora', length=n, batch_size=b).peak for i, n in enumerate(lengths) for j, b in enumerate(batches))
+    assert all(peaks[i, j] == fitted(shape, limit, method='qlora', length=n, batch_size=b).needed for i, n in enumerate(lengths) for j, b in enumerate(batches))
     fits = peaks <= 0.95 * limit
     x, y = _frontier(fits)
     assert list(y[::2] + 0.5) == fits.sum(axis=0).tolist() and x[0] == -0.5 and x[-1] == len(batches) - 0.5

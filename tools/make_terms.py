@@ -1,5 +1,5 @@
 """Make homelab_ft/plan/terms_*.json, what the closed form of the fast step knows: python tools/make_terms.py [METHOD/LEVEL/FAMILY/LAYERS[/TARGETS] ...]
-There is a file for each method, and one for modes with targets, those where not all matrices are adapted.
+There is a file for each method, one for modes with targets, those where not all matrices are adapted, and one for DoRA.
 
 Every mode is a toy with two layers, rehearsed with each of its sizes doubled, and again with a third layer (see the page on terms).
 Modes that are named are made again, all if none is; files are written after each, so that the work can go on where it was left."""
@@ -22,7 +22,8 @@ FAMILIES = dict(llama='Llama-3.1-8B', qwen3='Qwen3-8B', qwen2='Qwen2.5-7B', phi3
 LAYERS = 'compiled', 'eager'
 MODES = ['/'.join(m) for m in product(('qlora', 'lora', 'int8'), ('keep', 'mlp', 'layer', 'offload'), FAMILIES, LAYERS)]
 FEW = 'q_proj+v_proj',       # other adapted matrices than all of them
-MODES += ['/'.join(m) for m in product(('qlora', 'lora'), ('keep', 'mlp', 'layer'), ['llama', 'qwen3', 'qwen2'], LAYERS, FEW)]
+MODES += ['/'.join(m) for m in product(('qlora', 'lora', 'int8'), ('keep', 'mlp', 'layer'), ['llama', 'qwen3', 'qwen2'], LAYERS, FEW)]
+MODES += ['/'.join(m) for m in product(('dora-lora', 'dora-qlora'), ('keep', 'mlp', 'layer'), ['llama', 'qwen3', 'qwen2', 'phi3'], LAYERS) if (m[0], m[3]) != ('dora-qlora', 'compiled')]
 KEYS = dict(h='hidden_size', A='num_attention_heads', G='num_key_value_heads', D='head_dim', i='intermediate_size', v='vocab_size')
 SIZES = dict(h=512, A=8, G=2, D=64, i=1536, v=12288, b=2, n=1024, r=16, p=1024)     # beside those: rows, their length, rank, learned positions
 PHASES = ('forward', 'loss', 'backward', 'collect')
@@ -39,7 +40,7 @@ def toy(family, layers, sizes):
 def ledger(mode, layers, sizes):
     "Two rehearsed steps; storages must die in order, so nothing is collected meanwhile."
     method, level, family, layers_are, *few = mode.split('/')
-    config = make_config(model=FAMILIES[family], method=method, lora_r=sizes['r'], lora_alpha=32, max_length=sizes['n'], target_modules=few[0].split('+') if few else 'all-linear',
+    config = make_config(model=FAMILIES[family], method=method.removeprefix('dora-'), use_dora='dora' in method, lora_r=sizes['r'], lora_alpha=32, max_length=sizes['n'], target_modules=few[0].split('+') if few else 'all-linear',
                          per_device_train_batch_size=sizes['b'], torch_compile=layers_are == 'compiled', padding_free=True)
     scene = rehearse.Scene(raw=toy(family, layers, sizes), levels=[level] * layers, shape=(sizes['b'] * sizes['n'], sizes['p'], 8), gradients=False)
     torch._dynamo.reset()
@@ -81,7 +82,8 @@ def main(*modes):
         except Exception as e:
             print(f'{mode}: {type(e).__name__}: {str(e)[:200]}', flush=True)
             continue
-        out = PLAN / f"terms_{mode.partition('/')[0] if mode.count('/') == 3 else 'few'}.json"
+        what = 'few' if mode.count('/') > 3 else 'dora' if 'dora' in mode else mode.partition('/')[0]
+        out = PLAN / f'terms_{what}.json'
         found = json.loads(out.read_text()) if out.exists() else dict(modes={})
         found['modes'][mode] = made
         found |= dict(made=dict(date=time.strftime('%Y-%m-%d'), versions=versions()))

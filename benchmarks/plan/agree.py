@@ -1,4 +1,5 @@
 """The closed form beside the trace, in random settings: python agree.py [rows] [seed]. Writes agree.json; needs no card. Nothing in it is fitted to anything.
+`python agree.py 0` puts the closed form of today beside the traces that are there.
 
 A row is a model, a method, a shape of passes, what layers keep, an optimizer and switches, drawn at random; models whose layers are all traced, and 70B, are drawn seldom or not at all,
 since they take long. Half of the rows that lay rows end to end have several levels of recomputation, or a share of learned positions.
@@ -33,7 +34,8 @@ def draw(rng):
     if method == 'qlora': found |= dict(bnb_4bit_use_double_quant=rng.choice([True, False]))
     if method == 'full': return found
     targets = rng.choice(TARGETS) if 'q_proj' in shape.linears else 'all-linear'
-    return found | dict(lora_r=rng.choice([4, 8, 16, 32, 64]), target_modules=targets, padding_free=rng.choice(['auto', 'auto', False]))
+    found |= dict(lora_r=rng.choice([4, 8, 16, 32, 64]), target_modules=targets, padding_free=rng.choice(['auto', 'auto', False]))
+    return found | dict(use_dora=method != 'int8' and targets == 'all-linear' and found['padding_free'] == 'auto' and rng.random() < 0.15)
 
 
 def draw_pass(rng, settings):
@@ -66,16 +68,24 @@ def traced(settings, drawn):
 
 def apart(row, kind):
     "The closed form over the trace, less 1."
-    return closed(row)[kind] / row['trace'][kind] - 1
+    return row['closed'][kind] / row['trace'][kind] - 1
+
+
+def drawn_rows(rows, seed):
+    "Rows one by one, traced."
+    rng = random.Random(seed)
+    for _ in tqdm(range(rows)):
+        settings = draw(rng)
+        drawn = draw_pass(rng, settings)
+        yield dict(settings=settings, drawn=drawn, trace=traced(settings, drawn))
 
 
 def main(rows='100', seed='2'):
-    rng, found = random.Random(int(seed)), []
-    for _ in tqdm(range(int(rows))):
-        settings = draw(rng)
-        drawn = draw_pass(rng, settings)
-        found.append(dict(settings=settings, drawn=drawn, trace=traced(settings, drawn)))
-        write_json(HERE / 'agree.json', dict(date=now()[:10], seed=int(seed), versions=versions(), rows=found))
+    path, found = HERE / 'agree.json', []
+    told = dict(date=now()[:10], seed=int(seed), versions=versions()) if int(rows) else json.loads(path.read_text())
+    for row in drawn_rows(int(rows), int(seed)) if int(rows) else told['rows']:
+        found.append(row | dict(closed=closed(row)))
+        write_json(path, told | dict(rows=found))
     for kind in ('allocated', 'process'):
         print(kind, Table(['apart', 'GiB', 'phase', 'settings', 'drawn'], [[f'{apart(r, kind):+.2%}', f"{r['trace'][kind] / 2**30:.1f}", r['trace']['phase'], json.dumps(r['settings']), json.dumps(r['drawn'])]
                                                                            for r in sorted(found, key=lambda r: -abs(apart(r, kind)))[:12]]), sep='\n')

@@ -92,11 +92,13 @@ def main(out, workers='5', first='0', last=str(len(CASES))):
 
 
 SHARED = ('card', 'versions', 'allocator', 'context')
+NOT_THAT_MODEL = {'gemma-2-2b': 'transformers 5.17 computes its attention with a fused kernel, without the cap on scores'}
 
 
 def collect(path, date):
     "measured.json: what all rows have in common once, then the rows in the order of CASES. Rows of processes that did not have their bytes to themselves are left out."
-    rows, at = read_jsonl(path), {json.dumps(settings, sort_keys=True): i for i, (settings, _) in enumerate(CASES)}
+    rows = [dict(settings=r['settings'], failed=why) if (why := NOT_THAT_MODEL.get(r['settings']['model'])) else r for r in read_jsonl(path)]
+    at = {json.dumps(settings, sort_keys=True): i for i, (settings, _) in enumerate(CASES)}
     number = lambda row: at[json.dumps(row['settings'], sort_keys=True)]
     good = sorted((r for r in rows if not r.get('failed') and r['alone']), key=number)
     if len({json.dumps([r[k] for k in SHARED]) for r in good}) > 1: raise SystemExit('rows of different cards, versions or contexts')

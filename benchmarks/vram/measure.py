@@ -2,8 +2,7 @@
 
 Settings are those of a run. Weights are random and made on the card, packed ones as well; the step is prepared as in a run and takes three optimizer steps.
 Prints one line, `ROW` and JSON: bytes allocated, reserved and of the process at their peaks, what the layers kept, versions. With `fixed`, a card that is full in a step
-ends the run, where it would give something up otherwise. Others may use the card meanwhile, if NVML says what each process takes. The rows of measured.json had packed
-weights of 0.05 instead of 0.02: rounding alone changed gradients then, and most packed models were refused their compiled layers.
+ends the run, where it would give something up otherwise. Others may use the card meanwhile, if NVML says what each process takes.
 """
 import fcntl, json, os, sys, tempfile, time
 from pathlib import Path

@@ -44,7 +44,7 @@ def _ideas(
 
 # %% ../../nbs/plan/explain.ipynb #3e39773b
 ARGUMENTS = ('method', 'lora_r', 'target_modules', 'batch_size', 'length', 'gradient_checkpointing', 'optim', 'dtype', 'double_quant', 'label_share',
-             'gradient_accumulation_steps', 'padding_free', 'levels', 'torch_compile', 'card', 'chunk', 'max_new_tokens', 'correction')     # of `estimate`
+             'gradient_accumulation_steps', 'padding_free', 'levels', 'torch_compile', 'card', 'chunk', 'max_new_tokens', 'correction', 'use_dora')     # of `estimate`
 _USUAL = dict(method='qlora', lora_r=16, batch_size=1, length=2048, gradient_accumulation_steps=1, optim='adamw_torch', label_share=1.0)
 
 # %% ../../nbs/plan/explain.ipynb #0b066338

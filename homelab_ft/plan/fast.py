@@ -22,12 +22,17 @@ PHASES = ('forward', 'loss', 'backward', 'collect')     # collect: the adapters'
 
 @cache
 def known_terms(
-    what: str,                  # a method; or `few`: where only some matrices are adapted
+    what: str,                  # a method, with `dora-` before it if it is that; or `few`: where only some matrices are adapted
 ) -> dict:                      # `made`: date and versions; `modes`: name -> sums
-    "A data file."
+    "A data file; DoRA's modes are in one."
+    what = what.partition('-')[0]
     return json.loads((Path(core.__file__).parent / 'plan' / f'terms_{what}.json').read_text())
 
 # %% ../../nbs/plan/fast.ipynb #7dacbb6b
+def _kind(method, use_dora, torch_compile) -> tuple:
+    "By what terms know the method, and whether layers are compiled: DoRA unpacks weights of 4 bits in a way that the compiler refuses."
+    return (f'dora-{method}', torch_compile and method != 'qlora') if use_dora else (method, torch_compile)
+
 def _names(shape, method, levels, compiled) -> dict:
     "Level -> name of its mode."
     return {level: f'{method}/{level}/{FAMILIES[shape.model_type]}/{"compiled" if compiled else "eager"}' for level in levels}
@@ -35,7 +40,7 @@ def _names(shape, method, levels, compiled) -> dict:
 # %% ../../nbs/plan/fast.ipynb #50ebde4c
 def why_no_terms(
     shape,                      # the model, a `ModelShape`
-    method: str,                # lora, int8 or qlora
+    method: str,                # lora, int8, qlora, dora-lora or dora-qlora
     dtype: str = 'bfloat16',    # compute type
     compiled: bool = True,      # layers are compiled
 ) -> str:                       # empty if they are there
@@ -126,7 +131,7 @@ def _modes(shape, method, levels, compiled, targets=()) -> dict:
 
 def kept_bytes(
     shape,                  # the model, a `ModelShape`
-    method: str,            # lora, int8 or qlora
+    method: str,            # lora, int8, qlora, dora-lora or dora-qlora
     tokens: int,            # of a pass
     lora_r: int = 16,       # rank
     compiled: bool = True,  # layers are compiled
@@ -139,7 +144,7 @@ def kept_bytes(
 # %% ../../nbs/plan/fast.ipynb #6cc33e19
 def fast_phases(
     shape,                  # the model, a `ModelShape`
-    method: str,            # lora, int8 or qlora
+    method: str,            # lora, int8, qlora, dora-lora or dora-qlora
     levels: dict,           # level -> layers
     tokens: int,            # of a pass
     learned: int,           # of them, those that carry loss

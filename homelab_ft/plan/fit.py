@@ -24,7 +24,7 @@ from .vram import METHODS, MemoryEstimate, _wishes, estimate, fitted
 
 # %% ../../nbs/plan/fit.ipynb #f1d1fff8
 OF_ESTIMATE = ('method', 'lora_r', 'target_modules', 'optim', 'dtype', 'double_quant', 'label_share', 'padding_free', 'torch_compile', 'card',
-               'levels', 'gradient_checkpointing', 'max_new_tokens', 'correction')
+               'levels', 'gradient_checkpointing', 'max_new_tokens', 'correction', 'use_dora')
 OF_BATCH = ('per_device_train_batch_size', 'gradient_accumulation_steps', 'packing', 'max_length')
 
 # %% ../../nbs/plan/fit.ipynb #d241a7c3

@@ -71,17 +71,21 @@ def correction_for(
 
 # %% ../../nbs/plan/outside.ipynb #ebdd2bf0
 def usual_gaps(
-    trained: int,           # trained parameters
-    logits: int,            # bytes of logits and loss at the peak of the plain step
+    trained: int,           # trained parameters that have 16-bit copies, as all but those on weights in 8 bits
+    logits: int,            # bytes of logits and loss at the peak
     workspaces: int,        # bytes, as allocated
     recorded: bool,         # passes are recorded
     compiled: bool,         # layers are compiled
     head: int = 0,          # bytes of the head's gradient, where all weights learn without full logits
     again: int = 0,         # bytes of one layer's input, where passes are recorded and layers computed again
     capped: bool = False,   # logits are capped
+    eight_bits: bool = False,   # weights are in 8 bits, and layers keep everything
+    matrix: int = 0,        # bytes of a layer's largest matrix in 16 bits
 ) -> int:
     "Reserved bytes beyond allocated ones, by rule."
     c = process_constants()
     if head: return round(c['gaps_whole_share'] * head)
     if not recorded: return round(c['gaps_capped_share' if capped else 'gaps_plain_share'] * logits)
-    return workspaces + 4 * trained + c['gaps_compiled' if compiled else 'gaps_eager'] + round(c['gaps_again_share'] * again)
+    how = 'compiled' if compiled else 'eager'
+    own = c[f'gaps_{how}'] + round(c[f'gaps_{how}_matrix'] * matrix + c['gaps_eager_logits'] * logits * (not compiled))
+    return workspaces + 4 * trained + own + round(c['gaps_again_share'] * again) + c['gaps_eight_bits'] * eight_bits

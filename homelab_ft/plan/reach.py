@@ -19,7 +19,7 @@ from .vram import _check_sizes, estimate, fitted
 
 # %% ../../nbs/plan/reach.ipynb #f943e8f1
 ARGUMENTS = ('method', 'lora_r', 'target_modules', 'batch_size', 'length', 'optim', 'dtype', 'double_quant', 'label_share', 'gradient_accumulation_steps',
-             'padding_free', 'torch_compile', 'card', 'max_new_tokens', 'correction')     # of `estimate`, which may be wished for
+             'padding_free', 'torch_compile', 'card', 'max_new_tokens', 'correction', 'use_dora')     # of `estimate`, which may be wished for
 
 # %% ../../nbs/plan/reach.ipynb #da0922c3
 def _check(

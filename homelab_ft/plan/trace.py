@@ -16,7 +16,7 @@ from .carry import highest_moment, on_the_line, segments, stand_ins
 from .ledger import PARTS, Ledger, lives
 from .models import KNOWN, MIXTURES, known_config
 from .levels import LEVELS
-from .outside import process_bytes
+from .outside import process_bytes, process_constants
 from .process import lane_workspaces, merged_bytes, pool_bytes, pools_of
 from .shape import _config_path, _find_config, model_shape
 from .vram import ASSUMED_OVERHEAD, _check_sizes
@@ -165,6 +165,7 @@ def _outside(books, counts, compiled, recorded, held, card, **more) -> tuple:
     "Reserved and process bytes. On a processor there is nothing beside tensors."
     few = [pools_of(book, recorded) for book in books]
     reserved = sum(pool_bytes(books, pool, counts) for pool in zip(*few)) + (lane_workspaces(books[0]) if recorded else 0) + held
+    if recorded and more['eight_bits'] and 'keep' in counts: reserved += process_constants()['gaps_eight_bits']
     return reserved, reserved if card == 'cpu' else process_bytes(reserved, counts, recorded, compiled, **more)
 
 # %% ../../nbs/plan/trace.ipynb #78f16c36

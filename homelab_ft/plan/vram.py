@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['ASSUMED_OVERHEAD', 'PARTS', 'PART_COLORS', 'PART_LABELS', 'MemoryEstimate', 'estimate_table', 'estimate', 'fitted',
-           'about_step', 'estimate_for', 'verdict', 'plot_estimate', 'ModelShape', 'model_shape', 'METHODS',
-           'OPTIMIZER_BYTES', 'adapter_params', 'target_linears', 'weight_bytes']
+           'estimate_for', 'verdict', 'plot_estimate', 'ModelShape', 'model_shape', 'METHODS', 'OPTIMIZER_BYTES',
+           'adapter_params', 'target_linears', 'weight_bytes']
 
 # %% ../../nbs/plan/vram.ipynb #7fd917d6
 from dataclasses import dataclass
 
 from ..core import MiB, ConfigError, RunConfig, fmt_gib
 from ..files import Table
-from .fast import chunk_for, fast_phases, kept_bytes, padded, why_no_terms
+from .fast import _kind, chunk_for, fast_phases, kept_bytes, padded, why_no_terms
 from .later import LATER, later_phases, logits_bytes, together
 from .levels import LEVELS, choose_levels
 from .outside import process_bytes, usual_gaps
@@ -74,15 +74,18 @@ class MemoryEstimate:
         "Bytes of tensors at the peak: everything but the overhead."
         return self.peak - self.overhead
 
-    def fits(self,
-        limit_bytes: float,      # memory of the card
-        margin: float = 0.05,    # share of it to leave free, for the estimate's error
-    ) -> bool:
-        "Whether what is needed stays below the limit less the margin."
-        return self.needed <= limit_bytes * (1 - margin)
-
     def __str__(self): return str(estimate_table(self))
     def _repr_html_(self): return estimate_table(self)._repr_html_()
+
+# %% ../../nbs/plan/vram.ipynb #5d0e7c1a
+def _fits(
+    est: MemoryEstimate,     # the estimate
+    limit_bytes: float,      # memory of the card
+    margin: float = 0.05,    # share of it to leave free, for the estimate's error
+) -> bool:
+    "Whether what is needed stays below the limit less the margin."
+    return est.needed <= limit_bytes * (1 - margin)
+MemoryEstimate.fits = _fits
 
 # %% ../../nbs/plan/vram.ipynb #7fd82f93
 def estimate_table(
@@ -94,13 +97,16 @@ def estimate_table(
     return Table(['phase', *PART_LABELS.values(), 'process'], rows)
 
 # %% ../../nbs/plan/vram.ipynb #e0e74008
+_CHOICES = dict(method=METHODS, optim=OPTIMIZER_BYTES, dtype=COMPUTE_BYTES, card=WORKSPACE_BYTES)
+
 def _check_sizes(
     shape: ModelShape,   # the model
     length: int,         # tokens per row
     label_share: float,  # share of positions with loss
-    **sizes,             # what must be at least 1
+    **sizes,             # what must be at least 1, or one of `_CHOICES`
 ):
     "`ConfigError` for a size that cannot be."
+    for name in [name for name in _CHOICES if name in sizes]: _check_choice(name, sizes.pop(name), _CHOICES[name])
     for name, value in dict(length=length, **sizes).items():
         if value < 1: raise ConfigError(f'{name} is too small', value=value, allowed='1 or more', next_step=f'set a larger {name}')
     if length > shape.max_position_embeddings:
@@ -143,10 +149,15 @@ def _overhead(shape, method, trained, logits, levels, recorded, compiled, card, 
     "Context, libraries and gaps; and which of the gaps a full card gets back: those outside of recordings."
     if card == 'cpu': return ASSUMED_OVERHEAD, 0
     head, again = 4 * shape.vocab_size * shape.hidden_size * lean, 2 * tokens * shape.hidden_size * bool({*levels} - {'keep'})
-    gaps = usual_gaps(trained, logits, WORKSPACE_BYTES[card], recorded, compiled, head, again, shape.eager)
+    gaps = usual_gaps(trained * (method != 'int8'), logits, WORKSPACE_BYTES[card], recorded, compiled, head, again, shape.eager, method == 'int8' and 'keep' in levels, 2 * max(i * o for i, o, _ in shape.linears.values()))
     return process_bytes(gaps, levels, recorded, compiled, correction, method == 'int8'), gaps * (not recorded)
 
 # %% ../../nbs/plan/vram.ipynb #649c2d02
+def _between(shape, method, fixed, length, learned, new_tokens, trained, b, fast, card, correction) -> dict:
+    "Phases between and after the steps."
+    outside, _ = _overhead(shape, method, 0, logits_bytes(shape, learned, b), {}, False, False, card, correction)
+    return later_phases(shape, method, fixed, outside, length, learned, new_tokens, trained, b, fast)
+
 def _all_phases(fixed: dict, staging: int, extra: dict, trained: int) -> dict:
     "Every phase of a step, with its parts."
     loaded = dict.fromkeys(PARTS, 0) | dict(weights=fixed['weights'] + staging, overhead=fixed['overhead'])
@@ -174,24 +185,23 @@ def estimate(
     max_new_tokens: int = 64,                # length of answers to test prompts
     correction: int = 0,                     # bytes that this card takes beyond the usual, from `outside.correction_for`
     full_logits: bool = False,               # whole models: as with an odd output head
+    use_dora: bool = False,                  # DoRA: each output's length is learned, too
 ) -> MemoryEstimate:
     "Memory of a run as the maximum over the phases of its steps, and of what comes between and after them; `ConfigError` for what cannot be, `ModelError` for a mixture of experts."
-    for name, value, allowed in [('method', method, METHODS), ('optim', optim, OPTIMIZER_BYTES), ('dtype', dtype, COMPUTE_BYTES), ('card', card, WORKSPACE_BYTES)]:
-        _check_choice(name, value, allowed)
-    _check_sizes(shape, length, label_share, batch_size=batch_size, lora_r=lora_r, gradient_accumulation_steps=gradient_accumulation_steps, max_new_tokens=max_new_tokens)
+    _check_sizes(shape, length, label_share, method=method, optim=optim, dtype=dtype, card=card, batch_size=batch_size, lora_r=lora_r, gradient_accumulation_steps=gradient_accumulation_steps, max_new_tokens=max_new_tokens)
     b, tokens, learned = COMPUTE_BYTES[dtype], batch_size * length, round(batch_size * length * label_share)
-    matrices = trained_matrices(shape, targets := {} if method == 'full' else target_linears(shape, target_modules), lora_r)
+    matrices = trained_matrices(shape, targets := {} if method == 'full' else target_linears(shape, target_modules), lora_r, use_dora)
     trained, (states, host) = sum(n * size for n, size in matrices), state_bytes(matrices, optim if card != 'cpu' else optim.removeprefix('paged_'))
-    why = _why_plain(shape, method, dtype, padding_free, torch_compile)
+    kind, torch_compile = _kind(method, use_dora, torch_compile)
+    why = _why_plain(shape, kind, dtype, padding_free, torch_compile)
     kept = _levels(shape.num_hidden_layers, levels, gradient_checkpointing, bool(why))
     lean, recorded = method == 'full' and card != 'cpu' and not (shape.eager or full_logits), not why and 'offload' not in kept       # inputs that wait in host memory are not recorded
     if why: extra = plain_phases(shape, method, batch_size, length, learned, trained, targets, lora_r, b, 'layer' in kept, gradient_accumulation_steps > 1, lean)
-    else: extra = fast_phases(shape, method, kept, *padded(tokens, learned), lora_r, torch_compile, chunk, tuple(targets))
+    else: extra = fast_phases(shape, kind, kept, *padded(tokens, learned), lora_r, torch_compile, chunk, tuple(targets))
     fixed = _fixed(shape, method, trained, double_quant, states, b, not why, card)
     fixed['overhead'], gaps = _overhead(shape, method, trained, max(parts.get('logits_loss', 0) for parts in extra.values()), kept, recorded, torch_compile, card, correction, lean, tokens)
-    outside, _ = _overhead(shape, method, 0, logits_bytes(shape, round(length * label_share), b), {}, False, False, card, correction)
-    later = later_phases(shape, method, fixed, outside, length, round(length * label_share), max_new_tokens, trained, b, not why)
-    phases = _all_phases(fixed, working_bytes(shape, method, 0, b), extra, trained) | later
+    between = _between(shape, method, fixed, length, round(length * label_share), max_new_tokens, trained, b, not why, card, correction)
+    phases = _all_phases(fixed, working_bytes(shape, method, 0, b), extra, trained) | between
     phase, told, host = max(phases, key=lambda name: sum(phases[name].values())), f'plain: {why}' if why else 'fast', host + kept.get('offload', 0) * b * tokens * shape.hidden_size
     return MemoryEstimate(**phases[phase], phase=phase, phases=phases, levels=kept, step=told, host=host, gaps=gaps)
 
@@ -216,7 +226,8 @@ def fitted(
     if all_keep.step != 'fast': return least
     if not least.fits(limit_bytes, margin): return min([least, *_away(shape, wishes)], key=lambda est: est.peak)
     tokens, targets = padded(wishes.get('batch_size', 1) * wishes.get('length', 2048))[0], tuple(target_linears(shape, wishes.get('target_modules', 'all-linear')))
-    sizes = kept_bytes(shape, wishes.get('method', 'qlora'), tokens, wishes.get('lora_r', 16), wishes.get('torch_compile', True), targets)
+    kind, compiled = _kind(wishes.get('method', 'qlora'), wishes.get('use_dora'), wishes.get('torch_compile', True))
+    sizes = kept_bytes(shape, kind, tokens, wishes.get('lora_r', 16), compiled, targets)
     room, less = limit_bytes * (1 - margin) - least.peak, max(1, sizes['mlp'] - sizes['layer'])
     while room > 0:
         chosen = choose_levels(int(room), sizes, n)
@@ -225,24 +236,15 @@ def fitted(
         room -= less
     return least
 
-# %% ../../nbs/plan/vram.ipynb #1dbe5b8c
-def about_step(
-    est: MemoryEstimate,     # the estimate
-) -> str:
-    "Which step the estimate is about, and what its layers keep, in a sentence."
-    kept = ', '.join(f'{n} {level}' for level, n in est.levels.items()) + (f'; {fmt_gib(est.host)} wait in host memory' if est.host else '')
-    if est.step == 'fast': return f'Layers by what they keep: {kept}.'
-    return f'Figures of the plain step ({est.step.partition(": ")[2]}); layers by what they keep: {kept}. Where a run lays rows end to end it takes less: ask with --trace.'
-
 # %% ../../nbs/plan/vram.ipynb #6e58dbdc
 def _wishes(config: RunConfig, label_share: float) -> dict:
     "Arguments of `estimate` from a run's settings."
     on_processor, dpo = config.device == 'cpu', config.objective == 'dpo'
-    odd = bool(config.lora_dropout) or config.use_dora or dpo
+    odd = bool(config.lora_dropout) or dpo
     return dict(method=config.method, lora_r=config.lora_r, target_modules=config.target_modules, batch_size=config.per_device_train_batch_size * (1 + dpo),
                 length=config.max_length, optim=config.optim, dtype=('float32' if on_processor else 'bfloat16') if config.dtype == 'auto' else config.dtype,
                 double_quant=config.bnb_4bit_use_double_quant, label_share=label_share, gradient_accumulation_steps=config.gradient_accumulation_steps,
-                padding_free=False if odd or on_processor or config.padding_free is False else 'auto', torch_compile=config.torch_compile is not False,
+                padding_free=False if odd or on_processor or config.padding_free is False else 'auto', torch_compile=config.torch_compile is not False, use_dora=config.use_dora,
                 card='cpu' if on_processor else 'hopper', max_new_tokens=config.max_new_tokens)
 
 # %% ../../nbs/plan/vram.ipynb #e1c4ec2b

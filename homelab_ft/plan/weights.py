@@ -77,10 +77,11 @@ def trained_matrices(
     shape,                  # the model, a `ModelShape`
     targets: dict,          # adapted matrices, from `target_linears`; empty: all weights are trained
     lora_r: int = 16,       # rank
+    use_dora: bool = False, # each output's length is learned, too
 ) -> list:                  # of pairs (how many, values of each)
     "What is trained; biases and norms count as many small ones."
     n = shape.num_hidden_layers
-    if targets: return [(n, lora_r * size) for i, o, _ in targets.values() for size in (i, o)]
+    if targets: return [(n, size) for i, o, _ in targets.values() for size in (lora_r * i, lora_r * o, *[o] * use_dora)]
     layers, table = [(n, i * o) for i, o, _ in shape.linears.values()], shape.vocab_size * shape.hidden_size
     return layers + [(shape.embedding_params // table, table), (shape.small_params, 1)]
 

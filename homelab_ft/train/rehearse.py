@@ -162,8 +162,8 @@ def _pass_size(config: RunConfig, scene: Scene) -> int:
     return scene.shape[0] if scene.shape else config.per_device_train_batch_size * config.max_length
 
 def _compiles(config: RunConfig, scene: Scene) -> bool:
-    "Whether the layers are compiled."
-    return scene.card != 'cpu' and config.torch_compile is not False and not config.lora_dropout
+    "Whether the layers are compiled; DoRA unpacks weights of 4 bits in a way that the compiler refuses."
+    return scene.card != 'cpu' and config.torch_compile is not False and not config.lora_dropout and not (config.use_dora and config.method == 'qlora')
 
 # %% ../../nbs/train/rehearse.ipynb #387e1c66
 def _lengths(config: RunConfig, scene: Scene) -> list:

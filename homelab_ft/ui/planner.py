@@ -22,7 +22,8 @@ from ..plan.hardware import detect_machine
 from ..plan.reach import _frontier, length_batch_map
 from ..plan.shape import KNOWN
 from ..plan.cards import find_card, limit_bytes, read_cards
-from ..plan.vram import METHODS, OPTIMIZER_BYTES, PART_COLORS, PART_LABELS, MemoryEstimate, about_step, estimate, fitted, model_shape, verdict
+from ..plan.vram import METHODS, OPTIMIZER_BYTES, PART_COLORS, PART_LABELS, MemoryEstimate, estimate, fitted, model_shape, verdict
+from ..plan.answer import about_step
 
 # %% ../../nbs/ui/planner.ipynb #08978b07
 @dataclass(frozen=True)
