@@ -33,7 +33,7 @@ def room(row, config):
 def merged(row, found):
     "Bytes of merged matrices that the step will hold."
     config = make_config(**row['settings'])
-    if config.method != 'qlora' or not fast(row) or set(row['paths']['recompute']) != {'keep'}: return 0
+    if config.method != 'qlora' or config.use_dora or not fast(row) or set(row['paths']['recompute']) != {'keep'}: return 0
     shape = model_shape(config.model)
     each = merged_bytes(shape, config.target_modules)
     return each * held_layers(room(row, config), found['first_pass'], each, shape.num_hidden_layers)
@@ -60,9 +60,10 @@ def first_pass(est):
 
 
 def closed(row):
-    "The three figures of the closed form."
+    "The three figures of the closed form; None where it has no terms for rows end to end."
     config, given = as_it_ran(row)
     est = estimate(model_shape(config.model), **_wishes(config, 1.), levels=given['levels'], chunk=given.get('chunk', 0), full_logits='loss' not in row['paths'])
+    if fast(row) and est.step != 'fast': return None
     first, compiled = first_pass(est), config.torch_compile is not False
     more = merged(row, dict(first_pass=first))
     return dict(allocated=first if fast(row) else tensors(est), reserved=reserved_bytes(est, compiled, config.method == 'int8') + more, process=est.step_peak + more)
@@ -85,7 +86,7 @@ def predicted():
     read = lambda name: json.loads((HERE / name).read_text())
     found, peers = read('traces.json'), {r['case']: r for r in read('peers.json')['rows']}
     return [dict(case=r['case'], held_back=r['held_back'], settings=r['settings'], limit_gib=r['limit_gib'], padded=not fast(r), recompute=r['paths']['recompute'],
-                 measured=measured(r), predicted=dict(closed=closed(r), trace=traced(r, found[key(r)]), **theirs(peers[r['case']]))) for r in read('measured.json')['rows']]
+                 measured=measured(r), predicted=dict(trace=traced(r, found[key(r)]), **({'closed': said} if (said := closed(r)) else {}), **theirs(peers[r['case']]))) for r in read('measured.json')['rows']]
 
 
 def errors(rows, who, kind):

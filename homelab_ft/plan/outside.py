@@ -71,7 +71,7 @@ def correction_for(
 
 # %% ../../nbs/plan/outside.ipynb #ebdd2bf0
 def usual_gaps(
-    trained: int,           # trained parameters that have 16-bit copies, as all but those on weights in 8 bits
+    trained: int,           # trained parameters that have 16-bit copies, as all but DoRA's and those on weights in 8 bits
     logits: int,            # bytes of logits and loss at the peak
     workspaces: int,        # bytes, as allocated
     recorded: bool,         # passes are recorded

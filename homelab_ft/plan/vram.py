@@ -138,10 +138,10 @@ def _levels(
     return {level: levels[level] for level in allowed if levels.get(level)}
 
 # %% ../../nbs/plan/vram.ipynb #9ec3fdc5
-def _fixed(shape, method, trained, double_quant, states, b, fast, card) -> dict:
+def _fixed(shape, method, trained, double_quant, states, b, fast, copies, card) -> dict:
     "Part -> bytes that are there in every phase."
     found = dict.fromkeys(PARTS, 0) | dict(weights=weight_bytes(shape, method, b, double_quant), optimizer=states, workspaces=WORKSPACE_BYTES[card])
-    if method != 'full': found['adapter'] = (6 if fast else 4) * trained       # the fast step keeps 16-bit copies
+    if method != 'full': found['adapter'] = (4 + 2 * copies) * trained       # the fast step keeps 16-bit copies
     return found | dict(gradients=4 * trained) if fast else found
 
 # %% ../../nbs/plan/vram.ipynb #131f38fa
@@ -149,7 +149,7 @@ def _overhead(shape, method, trained, logits, levels, recorded, compiled, card, 
     "Context, libraries and gaps; and which of the gaps a full card gets back: those outside of recordings."
     if card == 'cpu': return ASSUMED_OVERHEAD, 0
     head, again = 4 * shape.vocab_size * shape.hidden_size * lean, 2 * tokens * shape.hidden_size * bool({*levels} - {'keep'})
-    gaps = usual_gaps(trained * (method != 'int8'), logits, WORKSPACE_BYTES[card], recorded, compiled, head, again, shape.eager, method == 'int8' and 'keep' in levels, 2 * max(i * o for i, o, _ in shape.linears.values()))
+    gaps = usual_gaps(trained, logits, WORKSPACE_BYTES[card], recorded, compiled, head, again, shape.eager, method == 'int8' and 'keep' in levels, 2 * max(i * o for i, o, _ in shape.linears.values()))
     return process_bytes(gaps, levels, recorded, compiled, correction, method == 'int8'), gaps * (not recorded)
 
 # %% ../../nbs/plan/vram.ipynb #649c2d02
@@ -195,11 +195,11 @@ def estimate(
     kind, torch_compile = _kind(method, use_dora, torch_compile)
     why = _why_plain(shape, kind, dtype, padding_free, torch_compile)
     kept = _levels(shape.num_hidden_layers, levels, gradient_checkpointing, bool(why))
-    lean, recorded = method == 'full' and card != 'cpu' and not (shape.eager or full_logits), not why and 'offload' not in kept       # inputs that wait in host memory are not recorded
+    lean, recorded, copies = method == 'full' and card != 'cpu' and not (shape.eager or full_logits), not why and 'offload' not in kept, not (why or use_dora or method == 'int8')
     if why: extra = plain_phases(shape, method, batch_size, length, learned, trained, targets, lora_r, b, 'layer' in kept, gradient_accumulation_steps > 1, lean)
     else: extra = fast_phases(shape, kind, kept, *padded(tokens, learned), lora_r, torch_compile, chunk, tuple(targets))
-    fixed = _fixed(shape, method, trained, double_quant, states, b, not why, card)
-    fixed['overhead'], gaps = _overhead(shape, method, trained, max(parts.get('logits_loss', 0) for parts in extra.values()), kept, recorded, torch_compile, card, correction, lean, tokens)
+    fixed = _fixed(shape, method, trained, double_quant, states, b, not why, copies, card)
+    fixed['overhead'], gaps = _overhead(shape, method, trained * copies, max(parts.get('logits_loss', 0) for parts in extra.values()), kept, recorded, torch_compile, card, correction, lean, tokens)
     between = _between(shape, method, fixed, length, round(length * label_share), max_new_tokens, trained, b, not why, card, correction)
     phases = _all_phases(fixed, working_bytes(shape, method, 0, b), extra, trained) | between
     phase, told, host = max(phases, key=lambda name: sum(phases[name].values())), f'plain: {why}' if why else 'fast', host + kept.get('offload', 0) * b * tokens * shape.hidden_size
