@@ -1,10 +1,11 @@
-"""The closed form beside the trace, in random settings: python agree.py [rows] [seed]. Writes agree.json; needs no card. Nothing in it is fitted to anything.
+"""The closed form beside the trace, in random settings: python agree.py [rows] [seed] [workers]. Writes agree.json; needs no card. Nothing in it is fitted to anything.
 `python agree.py 0` puts the closed form of today beside the traces that are there.
 
 A row is a model, a method, a shape of passes, what layers keep, an optimizer and switches, drawn at random; models whose layers are all traced, and 70B, are drawn seldom or not at all,
 since they take long. Half of the rows that lay rows end to end have several levels of recomputation, or a share of learned positions.
 """
 import json, random, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -61,7 +62,7 @@ def traced(settings, drawn):
     "The same in a trace; whole models with all their layers, since their gaps depend on all."
     config = make_config(**settings)
     size, _ = padded(config.per_device_train_batch_size * config.max_length)
-    shape = (size, min(size, drawn['learned']), max(8, config.per_device_train_batch_size + 1)) if drawn['learned'] else ()
+    shape = (size, min(size, drawn['learned']), max(8, config.per_device_train_batch_size + 4)) if drawn['learned'] else ()
     found = trace(config, levels=drawn['levels'], shape=shape, whole=config.method == 'full')
     return dict(allocated=found.allocated, process=found.process, phase=found.phase, rows=found.paths['rows'], seconds=found.seconds)
 
@@ -71,19 +72,18 @@ def apart(row, kind):
     return row['closed'][kind] / row['trace'][kind] - 1
 
 
-def drawn_rows(rows, seed):
-    "Rows one by one, traced."
+def drawn_rows(rows, seed, workers):
+    "Rows in the order of their drawing, traced."
     rng = random.Random(seed)
-    for _ in tqdm(range(rows)):
-        settings = draw(rng)
-        drawn = draw_pass(rng, settings)
-        yield dict(settings=settings, drawn=drawn, trace=traced(settings, drawn))
+    asked = [(settings := draw(rng), draw_pass(rng, settings)) for _ in range(rows)]
+    with ThreadPoolExecutor(workers) as pool:
+        for (settings, drawn), found in zip(tqdm(asked), pool.map(lambda pair: traced(*pair), asked)): yield dict(settings=settings, drawn=drawn, trace=found)
 
 
-def main(rows='100', seed='2'):
+def main(rows='100', seed='2', workers='2'):
     path, found = HERE / 'agree.json', []
     told = dict(date=now()[:10], seed=int(seed), versions=versions()) if int(rows) else json.loads(path.read_text())
-    for row in drawn_rows(int(rows), int(seed)) if int(rows) else told['rows']:
+    for row in drawn_rows(int(rows), int(seed), int(workers)) if int(rows) else told['rows']:
         found.append(row | dict(closed=closed(row)))
         write_json(path, told | dict(rows=found))
     for kind in ('allocated', 'process'):
