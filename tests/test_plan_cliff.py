@@ -127,3 +127,12 @@ def test_a_run_of_the_benchmark(cliff, monkeypatch, tmp_path, capsys):
         told = json.loads((tmp_path / 'out.json').read_text())['rows']
         assert len(told) == 40 and sum(not r['agrees'] for r in told) == 10 * wrong
         assert (' NO\n' in capsys.readouterr().out) == wrong
+
+
+def test_what_ran_is_what_todays_plan_says(cliff):
+    "Rows of the day they ran, judged by the closed form as it is now."
+    rows = json.loads((Path(cliff.__file__).parent / 'cliff.json').read_text())['rows']
+    assert len(rows) == 40 and all(r['agrees'] for r in rows) and {r['limit_gib'] for r in rows} == {8, 12, 16, 24}
+    today = [cliff.judged({k: r[k] for k in r.keys() - {'predicted', 'share', 'verdict', 'gaps', 'agrees', 'unlike'}}) for r in rows]
+    assert sum(r['agrees'] is True for r in today) >= 32 and not any(r['agrees'] is False for r in today)
+    assert all(abs(a['share'] - b['share']) < 0.04 for a, b in zip(rows, today))

@@ -33,7 +33,7 @@ def toy(family, layers, sizes):
     "Content of `config.json`."
     raw = known_config(FAMILIES[family]) | {k: sizes[x] for x, k in KEYS.items()} | dict(num_hidden_layers=layers, max_position_embeddings=2**20, pad_token_id=0, sliding_window=None)
     if 'layer_types' in raw: raw['layer_types'] = raw['layer_types'][:1] * layers
-    if family == 'gemma3': raw |= dict(sliding_window=512, layer_types=['sliding_attention', 'full_attention', 'sliding_attention'][:layers])
+    if family == 'gemma3': raw |= dict(sliding_window=512, layer_types=['sliding_attention'] * (layers - 1) + ['full_attention'])      # the last layer is the same, with two and with three
     return raw
 
 

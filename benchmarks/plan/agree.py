@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from homelab_ft.core import make_config
 from homelab_ft.files import Table, now, write_json
-from homelab_ft.plan.fast import padded
+from homelab_ft.plan.fast import FAMILIES, padded
 from homelab_ft.plan.later import LATER
 from homelab_ft.plan.models import KNOWN
 from homelab_ft.plan.shape import model_shape
@@ -36,13 +36,15 @@ def draw(rng):
     if method == 'full': return found
     targets = rng.choice(TARGETS) if 'q_proj' in shape.linears else 'all-linear'
     found |= dict(lora_r=rng.choice([4, 8, 16, 32, 64]), target_modules=targets, padding_free=rng.choice(['auto', 'auto', False]))
-    return found | dict(use_dora=method != 'int8' and targets == 'all-linear' and found['padding_free'] == 'auto' and rng.random() < 0.15)
+    compiled = found['torch_compile'] == 'auto' and method == 'lora'        # DoRA has no terms then
+    return found | dict(use_dora=rng.random() < 0.15 and method != 'int8' and not compiled and targets == 'all-linear' and found['padding_free'] == 'auto')
 
 
 def draw_pass(rng, settings):
     "Levels and the share of learned positions, where rows lie end to end."
     n, tokens = model_shape(settings['model']).num_hidden_layers, settings['per_device_train_batch_size'] * settings['max_length']
-    if settings['method'] in ('full', 'int8') or settings['padding_free'] is False or rng.random() < 0.5: return dict(levels=None, learned=None)
+    padded_rows = settings['method'] == 'full' or settings['padding_free'] is False or model_shape(settings['model']).model_type not in FAMILIES
+    if settings['method'] == 'int8' or padded_rows or rng.random() < 0.5: return dict(levels=None, learned=None)
     first, second = rng.choice([('keep', 'mlp'), ('mlp', 'layer')])
     k = rng.randrange(3, n - 2)
     size, learned = padded(tokens, rng.randrange(1, tokens))

@@ -133,7 +133,7 @@ def judged(row):
     apart = said['reserved'] / (row['limit_gib'] * GiB)
     told, happened = verdict(apart), outcome(row)
     odd = unlike(row) if happened == 'trained' else []
-    agrees = None if odd or happened not in ('trained', 'ran out') else (told == 'fits') == (happened == 'trained')
+    agrees = None if odd or told == 'too close' or happened not in ('trained', 'ran out') else (told == 'fits') == (happened == 'trained')
     gaps = told == 'runs out' and said['allocated'] < row['limit_gib'] * GiB
     return dict(settings=row['settings'], limit_gib=row['limit_gib'], predicted=said, share=round(apart, 4), verdict=told, gaps=gaps, outcome=happened, unlike=odd, agrees=agrees) | row
 

@@ -77,14 +77,14 @@ def usual_gaps(
     recorded: bool,         # passes are recorded
     compiled: bool,         # layers are compiled
     head: int = 0,          # bytes of the head's gradient, where all weights learn without full logits
-    again: int = 0,         # bytes of one layer's input, where passes are recorded and layers computed again
+    again: int = 0,         # bytes of one layer's input, where layers are computed again
     capped: bool = False,   # logits are capped
     eight_bits: bool = False,   # weights are in 8 bits, and layers keep everything
     matrix: int = 0,        # bytes of a layer's largest matrix in 16 bits
 ) -> int:
     "Reserved bytes beyond allocated ones, by rule."
     c = process_constants()
-    if head: return round(c['gaps_whole_share'] * head)
+    if head: return round(c['gaps_whole_again' if again else 'gaps_whole_keep'] * head)
     if not recorded: return round(c['gaps_capped_share' if capped else 'gaps_plain_share'] * logits)
     how = 'compiled' if compiled else 'eager'
     own = c[f'gaps_{how}'] + round(c[f'gaps_{how}_matrix'] * matrix + c['gaps_eager_logits'] * logits * (not compiled))
