@@ -10,6 +10,7 @@ from collections import Counter
 from difflib import SequenceMatcher
 from math import log2, prod
 
+from .carry import _alike
 from .ledger import Ledger
 
 # %% ../../nbs/plan/terms.ipynb #d75c9bb6
@@ -76,10 +77,6 @@ def _grown(two: dict, three: dict) -> dict:
     return {k: three.get(k, 0) - two.get(k, 0) for k in sorted({*two, *three}) if three.get(k, 0) != two.get(k, 0)}
 
 # %% ../../nbs/plan/terms.ipynb #10b2ad19
-def _alike(a: list, b: list) -> int:
-    "How many lines two stories have in common from the beginning."
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
 def _partners(a: list, b: list) -> dict:
     "Line of the shorter story -> the same line of the longer one."
     first, last = _alike(a, b), _alike(a[::-1], b[::-1])
