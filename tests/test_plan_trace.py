@@ -259,7 +259,7 @@ def test_errors_of_the_process_arrive_as_they_were():
 
 def test_rehearsals_side_by_side_say_what_they_say_one_by_one():
     request = dict(config=dict(max_length=64, per_device_train_batch_size=2), scenes=[dict(raw=TINY, levels=['keep'] * n) for n in (1, 2, 3)])
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'homelab_ft.train.rehearse'], input=json.dumps(request), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', traces._BEGIN], input=json.dumps(request), capture_output=True, text=True)
     apart, together = json.loads(done.stdout.splitlines()[-1])['found'], json.loads(json.dumps(answer(request)))['found']
     for a, b in zip(apart, together, strict=True):
         born = lambda said: [n for n, _ in said['book']['events'] if n > 0]

@@ -10,6 +10,7 @@ __all__ = ['FAMILIES', 'PHASES', 'FEW', 'PASS_GRAIN', 'known_terms', 'why_no_ter
 import json
 from functools import cache
 from math import prod
+from operator import mul
 from pathlib import Path
 
 from .. import core
@@ -86,13 +87,15 @@ def padded(
     return size, min(size, -(-max(1, learned) // grain) * grain)
 
 # %% ../../nbs/plan/fast.ipynb #b2baeb75
+class _Products(dict):
+    "Letters -> the product of their sizes, computed when it is first asked for."
+    def __init__(self, sizes, known): super().__init__(known); self.sizes = sizes
+    def __missing__(self, letters): return self.setdefault(letters, prod(self.sizes[letter] for letter in letters))
+
 def _evaluator(sizes: dict, **known):
     "A function that puts numbers into a sum; every product is computed once, those that are given not at all."
-    def number(terms):
-        "Bytes of a sum."
-        for x in terms.keys() - known.keys(): known[x] = prod(sizes[letter] for letter in x)
-        return sum(n * known[x] for x, n in terms.items())
-    return number
+    product = _Products(sizes, known).__getitem__
+    return lambda terms: sum(map(mul, terms.values(), map(product, terms)))
 
 # %% ../../nbs/plan/fast.ipynb #a10508af
 def chunk_bytes(

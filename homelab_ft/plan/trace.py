@@ -114,10 +114,13 @@ def _check_pass(config, shape, levels, tile, chunk):
         if set(levels) - {'keep', 'layer'} or len(levels) > 1 or tile: raise ConfigError('padded rows keep everything or recompute every layer', value=levels,
             allowed='one of keep and layer', next_step='leave padding_free on auto')
 
+# %% ../../nbs/plan/trace.ipynb #c9a1c1f1
+_BEGIN = 'import gc; gc.disable(); from homelab_ft.train.rehearse import main; main()'     # the collector is off while modules load
+
 # %% ../../nbs/plan/trace.ipynb #97ce814a
 def _ask(request: dict) -> list:
     "What the rehearsals say; an error of theirs as if it had happened here."
-    done = subprocess.run([sys.executable, '-P', '-W', 'ignore', '-m', 'homelab_ft.train.rehearse'], input=json.dumps(request), capture_output=True, text=True,
+    done = subprocess.run([sys.executable, '-P', '-W', 'ignore', '-c', _BEGIN], input=json.dumps(request), capture_output=True, text=True,
                           env=os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''))      # nothing is computed: no waiting threads, no card
     try: said = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
