@@ -15,11 +15,12 @@ from homelab_ft.train.checkpoint import checkpoints
 from homelab_ft.train.engine import Rectangles, label_nll, collate
 from homelab_ft.plan.trace import trace
 from homelab_ft.train.full import all_weights, fill_folder, load_full
-from homelab_ft.train.loss import chunk_rows, lean_loss
+from homelab_ft.train.loss import chunk_rows
 from homelab_ft.train.lora import attach, load_adapter, set_adapter
 from homelab_ft.train.quantize import load_base
 from homelab_ft.train.run import _engine
 from homelab_ft.train.watch import RunFolder, events, history, status
+from homelab_ft.train.whole import Whole, whole_step
 
 SMALL = dict(method='full', learning_rate=5e-4, max_rows=160, max_steps=12, per_device_train_batch_size=4, save_steps=4, eval_steps=6,
              eval_max_rows=16, generate_max_rows=4, n_bootstrap=100, save_total_limit=1)
@@ -113,12 +114,14 @@ def test_a_card_takes_the_plain_step_too():
     config = make_config(method='full', dtype='bfloat16', label_smoothing_factor=0.1)
     engine = _engine(attach(load_base('embedded', 'full'), config, 'bfloat16'), config, None, 'cuda', 'bfloat16')       # as on a card; nothing is computed here
     assert isinstance(engine, Rectangles) and (engine.paths['rows'], engine.paths['loss'], engine.label_smoothing) == ('all weights learn', 'on', 0.1)
-    assert engine.lean is lean_loss and _engine(engine.model, config, None, 'cpu', 'bfloat16').lean is None
+    assert type(engine) is Whole and type(_engine(engine.model, config, None, 'cpu', 'bfloat16')) is Rectangles
 
-def whole_gradient(model, cache, **how):
+def whole_gradient(model, cache, lean, **how):
     "Loss and gradient of all weights over two passes, in float32."
     model.zero_grad()
-    total, n = Rectangles(model, 'a test', **how).accumulate(cache, [[0, 1], [2, 3, 4]])
+    step = whole_step(model, **how, lean=lean)
+    total, n = step.accumulate(cache, [[0, 1], [2, 3, 4]])
+    if lean: step.hook.remove()
     return total.item(), n, torch.cat([p.grad.float().flatten() for p in model.parameters()])
 
 @pytest.mark.parametrize('tied', [True, False])
@@ -127,23 +130,23 @@ def test_parity_of_the_loss_in_chunks_where_all_weights_learn(whole, tied, how, 
     monkeypatch.setattr('homelab_ft.train.loss.LEAN_LOGITS', 1)      # the smallest chunks there are
     cache, model = load_cache(whole.data_path / 'train.safetensors'), attach(load_base('embedded', 'full'), make_config(method='full'))
     if not tied: model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.1)
-    (loss, n, wanted), (chunked, m, found) = (whole_gradient(model, cache, **how, loss=loss) for loss in (None, lean_loss))
+    (loss, n, wanted), (chunked, m, found) = (whole_gradient(model, cache, lean, **how) for lean in (False, True))
     assert n == m > 128 or n == m and chunk_rows(len(model.lm_head.weight), 1) == 128
     assert abs(loss - chunked) < 1e-5 * loss and (found - wanted).norm() <= 1e-5 * wanted.norm() and len(found) == PARAMETERS + (not tied) * model.lm_head.weight.numel()
 
 def test_parity_of_the_loss_in_chunks_in_bfloat16(whole):
     "At most 1.1 times as far from the float32 gradient as full logits are."
     cache = load_cache(whole.data_path / 'train.safetensors')
-    exact = whole_gradient(attach(load_base('embedded', 'full'), make_config(method='full')), cache)[2]
+    exact = whole_gradient(attach(load_base('embedded', 'full'), make_config(method='full')), cache, False)[2]
     half = attach(load_base('embedded', 'full'), make_config(method='full', dtype='bfloat16'), 'bfloat16')
-    plain, chunked = (whole_gradient(half, cache, loss=loss)[2] for loss in (None, lean_loss))
+    plain, chunked = (whole_gradient(half, cache, lean)[2] for lean in (False, True))
     assert 0 < (chunked - exact).norm() <= 1.1 * (plain - exact).norm() and {p.grad.dtype for p in half.parameters()} == {torch.float32}
 
 def test_an_odd_head_keeps_full_logits():
     model = attach(load_base('embedded', 'full'), make_config(method='full'))
     model.config.logit_scale = 2.
-    step = Rectangles(model, 'odd', loss=lean_loss)
-    assert step.lean is None and 'loss' not in step.paths
+    step = whole_step(model)
+    assert type(step) is Rectangles and 'loss' not in step.paths
 
 def test_whole_models_have_no_full_logits_on_a_card():
     "Rehearsed without one: three quarters of what the logits of all positions took are gone."

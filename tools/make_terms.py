@@ -22,7 +22,7 @@ FAMILIES = dict(llama='Llama-3.1-8B', qwen3='Qwen3-8B', qwen2='Qwen2.5-7B', phi3
 LAYERS = 'compiled', 'eager'
 MODES = ['/'.join(m) for m in product(('qlora', 'lora', 'int8'), ('keep', 'mlp', 'layer', 'offload'), FAMILIES, LAYERS)]
 FEW = 'q_proj+v_proj',       # other adapted matrices than all of them
-MODES += ['/'.join(m) for m in product(('qlora', 'lora'), ('keep', 'mlp', 'layer'), ['llama', 'qwen3', 'qwen2'], LAYERS, FEW)]
+MODES += ['/'.join(m) for m in product(('qlora', 'lora', 'int8'), ('keep', 'mlp', 'layer'), ['llama', 'qwen3', 'qwen2', 'gemma3'], LAYERS, FEW)]
 MODES += ['/'.join(m) for m in product(('dora-lora', 'dora-qlora'), ('keep', 'mlp', 'layer'), ['llama', 'qwen3', 'qwen2', 'phi3'], LAYERS[1:])]    # compiled, it is another step if sizes are doubled
 KEYS = dict(h='hidden_size', A='num_attention_heads', G='num_key_value_heads', D='head_dim', i='intermediate_size', v='vocab_size')
 SIZES = dict(h=512, A=8, G=2, D=64, i=1536, v=12288, b=2, n=1024, r=16, p=1024)     # beside those: rows, their length, rank, learned positions

@@ -1,5 +1,5 @@
 """The closed form beside the trace, in random settings: python agree.py [rows] [seed] [workers]. Writes agree.json; needs no card. Nothing in it is fitted to anything.
-`python agree.py 0` puts the closed form of today beside the traces that are there.
+`python agree.py 0` puts the closed form of today beside the traces that are there; `python agree.py 0 METHOD` traces those of one method again.
 
 A row is a model, a method, a shape of passes, what layers keep, an optimizer and switches, drawn at random; models whose layers are all traced, and 70B, are drawn seldom or not at all,
 since they take long. Half of the rows that lay rows end to end have several levels of recomputation, or a share of learned positions.
@@ -82,12 +82,19 @@ def drawn_rows(rows, seed, workers):
         for (settings, drawn), found in zip(tqdm(asked), pool.map(lambda pair: traced(*pair), asked)): yield dict(settings=settings, drawn=drawn, trace=found)
 
 
+def again(rows, method):
+    "Rows that are there, those of a method traced again."
+    for row in rows: yield row | (dict(trace=traced(row['settings'], row['drawn'])) if row['settings']['method'] == method else {})
+
+
 def main(rows='100', seed='2', workers='2'):
     path, found = HERE / 'agree.json', []
-    told = dict(date=now()[:10], seed=int(seed), versions=versions()) if int(rows) else json.loads(path.read_text())
-    for row in drawn_rows(int(rows), int(seed), int(workers)) if int(rows) else told['rows']:
+    there = json.loads(path.read_text())
+    told = dict(date=now()[:10], seed=int(seed), versions=versions()) if int(rows) else there
+    for row in drawn_rows(int(rows), int(seed), int(workers)) if int(rows) else again(there['rows'], seed):
         found.append(row | dict(closed=closed(row)))
-        write_json(path, told | dict(rows=found))
+        if int(rows): write_json(path, told | dict(rows=found))
+    write_json(path, told | dict(rows=found))
     for kind in ('allocated', 'process'):
         print(kind, Table(['apart', 'GiB', 'phase', 'settings', 'drawn'], [[f'{apart(r, kind):+.2%}', f"{r['trace'][kind] / 2**30:.1f}", r['trace']['phase'], json.dumps(r['settings']), json.dumps(r['drawn'])]
                                                                            for r in sorted(found, key=lambda r: -abs(apart(r, kind)))[:12]]), sep='\n')

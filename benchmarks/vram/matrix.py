@@ -1,12 +1,16 @@
 """What is measured: every configuration in a process of its own, a few at a time: python matrix.py OUT.jsonl [workers] [first last].
 
-`python matrix.py --collect OUT.jsonl` makes measured.json of such lines; which rows are held back was decided by their place in CASES, before any error was looked at.
+`python matrix.py --collect OUT.jsonl DATE` makes measured.json of such lines; which rows are held back was decided by their place in CASES, before any error was looked at.
+The last 26 were drawn at random (`python matrix.py --draw`) when all rules of the closed form stood, and are all held back.
 """
-import json, os, subprocess, sys, time
+import json, os, random, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from homelab_ft.core import make_config
 from homelab_ft.files import read_jsonl, write_json
+from homelab_ft.plan.shape import model_shape
+from homelab_ft.plan.vram import estimate_for
 
 HERE = Path(__file__).resolve().parent
 SECONDS = 170       # a process may take
@@ -56,11 +60,32 @@ def further():
                 case('TinyLlama-1.1B', 'lora', 1024, 1, torch_compile=False))
 
 
-CASES = [*whole_card(), *limited(), *padded(), *further()]      # new ones go to the end
+def drawn(number='26', seed='1123', most_gib=26):
+    "Write fresh.json: settings drawn at random, none larger than a share of the card."
+    sys.path.insert(0, str(HERE.parent / 'plan'))
+    from agree import draw
+    rng, found = random.Random(int(seed)), []
+    while len(found) < int(number):
+        settings = draw(rng)
+        shape = model_shape(settings['model'])
+        small = settings['method'] == 'full' or shape.n_params < 15e9
+        if not small or settings['model'] in NOT_THAT_MODEL or shape.model_type == 'gemma2': continue
+        est = estimate_for(make_config(**settings), shape)
+        if est.peak < most_gib * 2**30: found.append(settings)
+    write_json(HERE / 'fresh.json', found)
+
+
+def fresh():
+    "Drawn when all rules stood; none of them was looked at before."
+    return [(settings, 0.) for settings in json.loads((HERE / 'fresh.json').read_text())]
+
+
+NOT_THAT_MODEL = {'gemma-2-2b': 'transformers 5.17 computes its attention with a fused kernel, without the cap on scores'}
+CASES = [*whole_card(), *limited(), *padded(), *further(), *fresh()]      # new ones go to the end
 
 
 def held_back():
-    """For every case, whether nothing may be fitted to it: every second one of its model and method.
+    """For every case, whether nothing may be fitted to it: every second one of its model and method, and all that were drawn.
 
     The first of a group is held back in every second group, so that small groups are shared out as well; cases added at the end change nothing."""
     groups, found = {}, []
@@ -68,7 +93,7 @@ def held_back():
         group, n = groups.get((settings['model'], settings['method']), (len(groups), 0))
         groups[settings['model'], settings['method']] = group, n + 1
         found.append((group + n) % 2 == 1)
-    return found
+    return found[:len(CASES) - len(fresh())] + [True] * len(fresh())
 
 
 def measure(asked, *more):
@@ -92,8 +117,6 @@ def main(out, workers='5', first='0', last=str(len(CASES))):
 
 
 SHARED = ('card', 'versions', 'allocator', 'context')
-NOT_THAT_MODEL = {'gemma-2-2b': 'transformers 5.17 computes its attention with a fused kernel, without the cap on scores'}
-
 
 def collect(path, date):
     "measured.json: what all rows have in common once, then the rows in the order of CASES. Rows of processes that did not have their bytes to themselves are left out."
@@ -108,4 +131,4 @@ def collect(path, date):
     print(len(kept), 'rows,', sum(r['held_back'] for r in kept), 'held back')
 
 
-if __name__ == '__main__': collect(*sys.argv[2:]) if sys.argv[1] == '--collect' else main(*sys.argv[1:])
+if __name__ == '__main__': {'--collect': collect, '--draw': drawn}[sys.argv[1]](*sys.argv[2:]) if sys.argv[1].startswith('--') else main(*sys.argv[1:])

@@ -11,6 +11,7 @@ from statistics import median
 
 from homelab_ft.core import GiB, make_config
 from homelab_ft.files import Table, now, write_json
+from homelab_ft.plan.fast import PASS_GRAIN, padded
 from homelab_ft.plan.later import LATER
 from homelab_ft.plan.outside import process_bytes
 from homelab_ft.plan.process import held_layers, merged_bytes
@@ -59,13 +60,22 @@ def first_pass(est):
     return max(sum(parts.values()) - parts['overhead'] - parts['optimizer'] for name, parts in est.phases.items() if name not in ('optimizer step', *LATER))
 
 
+def repeated(row, est):
+    "Bytes of keys and values that PyTorch before 2.12 repeats for every query head, where rows of a pass differ in length; uncompiled layers keep them. The closed form is for later ones."
+    shape, config = model_shape(row['settings']['model']), make_config(**row['settings'])
+    tokens = config.per_device_train_batch_size * config.max_length
+    if not fast(row) or row['paths']['compile'] == 'on' or tokens % PASS_GRAIN == 0: return 0
+    return 4 * padded(tokens)[0] * (shape.num_attention_heads - shape.num_key_value_heads) * shape.head_dim * (est.levels.get('keep', 0) + est.levels.get('mlp', 0))
+
+
 def closed(row):
     "The three figures of the closed form; None where it has no terms for rows end to end."
     config, given = as_it_ran(row)
     est = estimate(model_shape(config.model), **_wishes(config, 1.), levels=given['levels'], chunk=given.get('chunk', 0), full_logits='loss' not in row['paths'])
     if fast(row) and est.step != 'fast': return None
-    first, compiled = first_pass(est), config.torch_compile is not False
-    more = merged(row, dict(first_pass=first))
+    more, compiled = repeated(row, est), config.torch_compile is not False
+    first = first_pass(est) + more
+    more += merged(row, dict(first_pass=first))
     return dict(allocated=first if fast(row) else tensors(est), reserved=reserved_bytes(est, compiled, config.method == 'int8') + more, process=est.step_peak + more)
 
 

@@ -75,10 +75,10 @@ def lean_loss_bytes(
     b: int = 2,          # bytes per value
 ) -> int:
     "Bytes of logits and cross-entropy in chunks, with the hidden states they are made of; the head's gradient and 16-bit copy are not among them."
-    vocab, head = shape.vocab_size, b * shape.vocab_size * shape.hidden_size
+    vocab, product = shape.vocab_size, b * min(2**25, shape.vocab_size * shape.hidden_size)     # of the head's gradient, as much as is added at once
     chunk = min(positions, max(128, LEAN_LOGITS // vocab // 128 * 128))
     in_place = (8 if b == 2 else 4) * chunk * vocab
-    return max(in_place, b * chunk * vocab + head) + 8 * positions * shape.hidden_size
+    return max(in_place, b * chunk * vocab + product) + 8 * positions * shape.hidden_size
 
 # %% ../../nbs/plan/plain.ipynb #ad68ce27
 def _copies(shape, method, trained, b):
@@ -105,6 +105,12 @@ def _lean(shape, learned, b, on_the_way, kept) -> dict:
     "The loss in place, which makes the head's gradient."
     return {'loss': on_the_way | dict(activations=kept, logits_loss=lean_loss_bytes(shape, learned, b))}
 
+# %% ../../nbs/plan/plain.ipynb #6961f8da
+def _at_first(shape, tokens, first, gradients, accumulates, b) -> dict:
+    "Gradients and activations at the first layer's turn: two results of its MLP, and one gradient in the precision of its product."
+    missing, largest = 4 * shape.linear_params * (not accumulates), max(i * o for i, o, _ in shape.linears.values())
+    return dict(gradients=gradients - missing, activations=first + 2 * b * tokens * shape.intermediate_size + (b + 4 * accumulates) * largest)
+
 # %% ../../nbs/plan/plain.ipynb #a273a56a
 def plain_phases(
     shape,                       # the model, a `ModelShape`
@@ -125,12 +131,14 @@ def plain_phases(
     kept, again, first = _kept(shape, method, batch_size, length, b, layer, checkpointing)
     working, head = working_bytes(shape, method, batch_size * length, b), 4 * shape.vocab_size * shape.hidden_size * (method == 'full')
     one, headed, adapter = _copies(shape, method, trained, b)
-    n, at_start, hidden = shape.num_hidden_layers, 4 * trained * accumulates, batch_size * length * shape.hidden_size
+    n, hidden, tied = shape.num_hidden_layers, batch_size * length * shape.hidden_size, head * shape.tie_word_embeddings
+    there, waits = 4 * trained if accumulates else head * lean, (tied if accumulates else head) * (not lean)     # the head's gradient stays; with full logits it waits for the embeddings'
     with_copies = lambda layers, head, gradients, **more: dict(weights=one * layers + head, adapter=adapter * layers, gradients=gradients) | more     # of so many layers
-    if lean: at_loss = _lean(shape, learned, b, with_copies(n, headed, at_start + head), kept)
-    else: at_loss = _full(shape, learned, b, with_copies(n, headed, at_start), with_copies(n * (not checkpointing), headed, at_start), kept + hidden * b)
-    tied = head * shape.tie_word_embeddings      # the head's gradient waits for the embeddings'
-    found = {'forward': with_copies(n, 0, at_start, activations=kept + working), **at_loss,
-             'backward: last layer': with_copies(1 if checkpointing else n, 0, at_start + (tied if accumulates else head), activations=kept + again + working),
-             'backward: first layer': with_copies(1, 0, 4 * trained + tied * accumulates, activations=first + working)}
-    return found | ({'backward: embeddings': with_copies(0, 0, 4 * trained + tied + head * accumulates, activations=4 * hidden)} if head else {})
+    if lean: at_loss = _lean(shape, learned, b, with_copies(n * (not checkpointing), headed, there), kept)
+    else: at_loss = _full(shape, learned, b, with_copies(n, headed, there), with_copies(n * (not checkpointing), headed, there), kept + hidden * b)
+    nearly = 4 * trained - (head - tied) * lean * (not accumulates) + tied * accumulates * (not lean)     # all gradients but the embeddings'
+    at_first = _at_first(shape, batch_size * length, first, nearly, accumulates, b) if method == 'full' else dict(gradients=nearly, activations=first + working)
+    found = {'forward': with_copies(1 if lean and checkpointing else n, 0, there, activations=kept + working), **at_loss,
+             'backward: last layer': with_copies(1 if checkpointing else n, 0, there + waits, activations=kept + again + working),
+             'backward: first layer': with_copies(1, 0, **at_first)}
+    return found | ({'backward: embeddings': with_copies(0, 0, 4 * trained + (tied + head * accumulates) * (not lean), activations=4 * hidden)} if head else {})

@@ -100,12 +100,13 @@ def decoder_and_head(
 # %% ../../nbs/train/engine.ipynb #8f2024d9
 def precision(
     model,              # causal language model
+    cache: bool = True, # keep 16-bit copies of weights until the context ends
 ):                      # a context manager
     "bfloat16 autocast for a model whose weights are bfloat16, or that `computes_in` it (`train.full`); nothing otherwise."
     import torch
     model = _plain_model(model)
     weight = model.get_input_embeddings().weight
-    return torch.autocast(weight.device.type, dtype=torch.bfloat16) if getattr(model, 'computes_in', weight.dtype) == torch.bfloat16 else nullcontext()
+    return torch.autocast(weight.device.type, dtype=torch.bfloat16, cache_enabled=cache) if getattr(model, 'computes_in', weight.dtype) == torch.bfloat16 else nullcontext()
 
 # %% ../../nbs/train/engine.ipynb #2402232c
 def _send(
@@ -158,30 +159,23 @@ def count_labels(
     return int((batch['labels'][:, 1:] != -100).sum())
 
 # %% ../../nbs/train/engine.ipynb #0809ca17
-def _part(model, batch: dict, n: int, label_smoothing: float, loss):
+def _part(model, batch: dict, n: int, label_smoothing: float):
     "The share of a batch in the mean loss over `n` tokens."
-    if loss is None: return label_nll(model, batch, label_smoothing)[0].sum() / max(n, 1)
-    import torch
-    ids, rows, at, targets = _sent(model, batch)
-    decoder, head = decoder_and_head(model)
-    with precision(model):
-        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[rows, at]
-        kind, shares = getattr(_plain_model(model), 'computes_in', hidden.dtype), torch.full_like(targets, 1 / max(n, 1), dtype=torch.float32)
-        return loss(hidden.to(kind), head.weight, targets, shares, label_smoothing)
+    return label_nll(model, batch, label_smoothing)[0].sum() / max(n, 1)
 
 # %% ../../nbs/train/engine.ipynb #f655df68
 def accumulate(
     model,              # causal language model with trainable parameters
     micro_batches: list,  # batches from `collate` that make one optimizer step
     label_smoothing: float = 0.,    # share of the target spread over the vocabulary
-    loss=None,                      # a function like `loss.lean_loss`, which needs a plain output head; None: full logits
+    part=_part,                     # function (model, batch, tokens of all batches, label smoothing) of a batch's share in the loss
 ) -> tuple:             # `(loss, n)`: nats per learned token as a detached 0-d tensor where the model is, and the number of tokens
     "Add the gradient of the mean loss over all learned tokens of all batches to the parameters' `.grad`."
     n, total = sum(map(count_labels, micro_batches)), 0.
     for batch in micro_batches:
-        part = _part(model, batch, n, label_smoothing, loss)
-        part.backward()
-        total, part = total + part.detach(), None       # with its graph go the inputs that products in 8 bits hold
+        share = part(model, batch, n, label_smoothing)
+        share.backward()
+        total, share = total + share.detach(), None     # with its graph go the inputs that products in 8 bits hold
     return total, n
 
 # %% ../../nbs/train/engine.ipynb #bbe543fb
@@ -210,11 +204,8 @@ class Rectangles:
         why: str,           # why not the fast one; kept in `paths`
         checkpointing=False,    # True: recompute every layer
         label_smoothing: float = 0.,    # share of the target spread over the vocabulary
-        loss=None,          # as for `accumulate`; not used where the output head is no plain one
     ):
         self.model, self.label_smoothing, self.paths = model, label_smoothing, dict(rows=why, recompute={})
-        self.lean = None if loss and odd_parts(model) else loss
-        if self.lean: self.paths['loss'] = 'on'
         if checkpointing is not True: return
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
         self.paths['recompute'] = {'layer': len(decoder_layers(model) or [])}
@@ -224,7 +215,7 @@ class Rectangles:
         micro_batches: list,    # lists of row numbers that make one optimizer step
     ) -> tuple:             # (loss, learned tokens), as `accumulate`
         "Add the gradient of the mean loss over all learned tokens to `.grad`."
-        return accumulate(self.model, [collate(cache, rows, 0) for rows in micro_batches], self.label_smoothing, self.lean)
+        return accumulate(self.model, [collate(cache, rows, 0) for rows in micro_batches], self.label_smoothing)
 
     def zero_grad(self):
         "Forget the gradients."

@@ -17,6 +17,7 @@ from .engine import Rectangles, _plain_model, accumulate, collate, decoder_layer
 from .fit import Options
 from .noise import silenced
 from .rows import Rows
+from .whole import whole_step
 from ..core import ConfigError, HardwareError, RunConfig
 from ..plan.hardware import host_memory
 
@@ -98,6 +99,7 @@ def _fit(
     if wish != 'auto': step.set_levels(['layer' if wish else 'keep'] * len(step.layers))
     known = dict(make_room=step.send_table, measure=measure, tokens=step.options.budget, inputs=_pass_inputs(step))
     peak = fit.fit_levels(once, step.layers, step.set_levels, limit, **known) if wish == 'auto' else measure(once)
+    if peak and step.run: peak = measure(once) or peak      # once more: kernels were timed beside the first
     step.model.zero_grad()
     step.paths['peak_bytes'] = peak
     if peak: return
@@ -233,7 +235,7 @@ def engine_for(
     dtype: str,         # 'float32' or 'bfloat16'
 ):                      # `Rows` or `Rectangles`
     "What takes the gradients of a run; `ConfigError` for settings that this model does not allow."
-    if config.method == 'full': return Rectangles(model, 'all weights learn', config.gradient_checkpointing, config.label_smoothing_factor, loss.lean_loss if device == 'cuda' else None)
+    if config.method == 'full': return whole_step(model, config.gradient_checkpointing, config.label_smoothing_factor, lean=device == 'cuda')
     wanted, off = _asks_for_rows(config), config.padding_free is False
     if not wanted and (off or (device, dtype) != ('cuda', 'bfloat16')):
         return Rectangles(model, 'switched off' if off else f'{dtype} on {device}', config.gradient_checkpointing, config.label_smoothing_factor)

@@ -19,11 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..core import ConfigError, HomelabError, RunConfig, make_config
-from . import attention, engine, loss, packing, recompute, rows, shelf, steps
+from . import attention, engine, packing, recompute, rows, shelf, steps
 from .fit import Options
 from .hollow import fill, hollow_model, unpacked_weight
 from .outline import outlined, outlined_loss
 from .quantize import quiet_libraries
+from .whole import whole_step
 from .witness import Witness
 
 # %% ../../nbs/train/rehearse.ipynb #5665bc09
@@ -201,8 +202,9 @@ def _name_copies(witness, copies):
 # %% ../../nbs/train/rehearse.ipynb #bea94c43
 def _make_step(witness, model, config, scene):
     "The training step of a run, its parts named."
-    lean = loss.lean_loss if config.method == 'full' and scene.card != 'cpu' else None
-    if why := why_padded(model, config, scene.card): return engine.Rectangles(model, why, scene.levels[0] == 'layer', config.label_smoothing_factor, lean)
+    why, again = why_padded(model, config, scene.card), scene.levels[0] == 'layer'
+    if config.method == 'full': return whole_step(model, again, config.label_smoothing_factor, lean=scene.card != 'cpu')
+    if why: return engine.Rectangles(model, why, again, config.label_smoothing_factor)
     step = _flat(model, config, scene)
     if scene.table_away and step.send_table(): witness.leaves(step.table.table)
     if step.copies: _name_copies(witness, step.copies)
@@ -288,13 +290,11 @@ def answer(
     return next((f for f in found if 'error' in f), dict(found=found))
 
 # %% ../../nbs/train/rehearse.ipynb #8831a5f2
-SHARED = ('bitsandbytes', 'peft', 'transformers.models.auto.modeling_auto', 'transformers.modeling_layers', 'torch._inductor.decomposition',
-          'torch._inductor.pattern_matcher')        # imported once, before the copies are made
+SHARED = 'bitsandbytes', 'peft', 'transformers.models.auto.modeling_auto', 'transformers.modeling_layers', 'torch._inductor.decomposition', 'torch._inductor.pattern_matcher'     # imported once, before the copies are made
 
 def main():
     "Answer the request on the standard input, in a process that does nothing else and began without the garbage collector."
     with patch.object(torch, 'compile', lambda f=None, **_: f or (lambda g: g)):      # for bitsandbytes' processor kernels, which nobody runs here; the compiler takes a second to load
         for name in SHARED: import_module(name)
-    gc.freeze()
-    gc.enable()
+    for ready in (gc.freeze, gc.enable): ready()
     print(json.dumps(answer(json.load(sys.stdin), fork=True)))
