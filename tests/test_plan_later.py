@@ -73,7 +73,7 @@ def test_logits_come_in_slices(script):
 def test_plans_know_how_many_logits_there_are_at_a_time():
     from homelab_ft.plan import plain
     from homelab_ft.train import engine, loss
-    assert (later.SLICE, plain.LEAN_LOGITS) == (engine.LOGITS_AT_ONCE, loss.LEAN_LOGITS)
+    assert (later.SLICE, plain.LEAN_LOGITS, plain.AT_ONCE) == (engine.LOGITS_AT_ONCE, loss.LEAN_LOGITS, loss.AT_ONCE)
 
 
 def test_the_kept_figures_are_todays():

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from homelab_ft.core import MiB, make_config
 from homelab_ft.files import Table, now, write_json
 from homelab_ft.plan.later import LATER
-from homelab_ft.plan.outside import pools_apart, process_bytes, usual_gaps
+from homelab_ft.plan.outside import pools_apart, usual_gaps
 from homelab_ft.plan.shape import model_shape
 from homelab_ft.plan.trace import trace
 from homelab_ft.plan.vram import _wishes, estimate

@@ -150,7 +150,7 @@ def _overhead(shape, method, matrices, logits, levels, recorded, compiled, card,
     if card == 'cpu': return ASSUMED_OVERHEAD, 0, 0
     apart = pools_apart(matrices, lora_r, tokens, (levels.get('keep', 0) + levels.get('mlp', 0)) / shape.num_hidden_layers, recorded)
     gaps = usual_gaps(apart, logits, 2 * tokens * max(o for _, o, _ in shape.linears.values()), WORKSPACE_BYTES[card], recorded, compiled, lean, 'layer' in levels, shape.eager, method == 'int8' and 'keep' in levels)
-    return process_bytes(gaps, levels, recorded, compiled, correction, method == 'int8'), gaps * (not recorded), apart - 2 * sum(n * size for n, size in matrices)
+    return process_bytes(gaps, levels, recorded, compiled, correction, method == 'int8'), gaps * (not recorded), recorded * (apart - 2 * sum(n * size for n, size in matrices))
 
 # %% ../../nbs/plan/vram.ipynb #649c2d02
 def _between(shape, method, fixed, length, learned, new_tokens, trained, b, fast, card, correction) -> dict:
