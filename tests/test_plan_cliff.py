@@ -130,11 +130,9 @@ def test_a_run_of_the_benchmark(cliff, monkeypatch, tmp_path, capsys):
 
 
 def test_what_ran_is_what_todays_plan_says(cliff):
-    "Rows of the day they ran, judged by the closed form as it is now. One trained, as it should, but could not record its passes."
+    "Rows of the day they ran, judged by the closed form as it is now."
     rows = json.loads((Path(cliff.__file__).parent / 'cliff.json').read_text())['rows']
-    odd = [r for r in rows if not r['agrees']]
-    assert len(rows) == 40 and {r['limit_gib'] for r in rows} == {8, 12, 16, 24}
-    assert all('failed' not in r and r['paths']['graph'] == 'the card is too full for it' for r in odd) and len(odd) == 1
+    assert len(rows) == 40 and {r['limit_gib'] for r in rows} == {8, 12, 16, 24} and all(r['agrees'] for r in rows)
     today = [cliff.judged({k: r[k] for k in r.keys() - {'predicted', 'share', 'verdict', 'gaps', 'agrees', 'unlike'}}) for r in rows]
-    assert sum(r['agrees'] is True for r in today) >= 32 and all(r['settings'] == odd[0]['settings'] for r in today if r['agrees'] is False)
+    assert sum(r['agrees'] is True for r in today) >= 32 and not any(r['agrees'] is False for r in today)
     assert all(abs(a['share'] - b['share']) < 0.04 for a, b in zip(rows, today))

@@ -1,36 +1,44 @@
 """Gaps of the allocator for the closed form's rules, from traces: python gaps.py [workers [kind ...]]. Writes gaps.json and prints the constants; half an hour on two cores, without a
 card. Only the kinds that are named are traced, all if none is; `python gaps.py 0` puts the rules of today beside the traces that are there.
 
-Rows end to end, compiled and not, from 512 to 16,384 tokens of a pass, on all levels; and whole models in padded rows, traced with all their layers. Every block is replayed.
-The constants of rows end to end are those of a grid that leave least: the worst difference to a trace, as a share of the process, and twice the root of the mean square.
+Rows end to end, compiled and not, from 512 to 16,384 tokens of a pass, on all levels; whole models, which keep everything or compute layers again; and adapters in padded rows, with
+one pass for a step and with two. Padded rows are traced with all their layers. Every block is replayed.
+The constants are those of a grid that leave least: the worst difference to a trace, as a share of the process, and twice the root of the mean square.
 """
 import json, sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
-from statistics import median
+from unittest.mock import patch
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from homelab_ft.core import MiB, make_config
 from homelab_ft.files import Table, now, write_json
-from homelab_ft.plan.later import LATER
-from homelab_ft.plan.outside import pools_apart, usual_gaps
+from homelab_ft.plan.outside import process_constants
 from homelab_ft.plan.shape import model_shape
 from homelab_ft.plan.trace import trace
 from homelab_ft.plan.vram import _wishes, estimate
-from homelab_ft.plan.weights import target_linears, trained_matrices
 from homelab_ft.train.watch import versions
+
+from predict import reserved_bytes, tensors
 
 HERE = Path(__file__).resolve().parent
 EAGER = 'SmolLM2-135M', 'SmolLM2-360M', 'Qwen3-0.6B', 'Llama-3.2-1B', 'TinyLlama-1.1B', 'Qwen2.5-1.5B', 'Llama-3.1-8B'
 COMPILED = 'SmolLM2-135M', 'Llama-3.2-1B', 'Llama-3.1-8B', 'Qwen3-0.6B', 'Phi-3-mini', 'TinyLlama-1.1B', 'Qwen3-8B', 'Llama-3.2-3B'
-WHOLE = 'SmolLM2-135M', 'Qwen3-0.6B', 'Llama-3.2-1B'
+WHOLE = 'SmolLM2-135M', 'SmolLM2-360M', 'Qwen3-0.6B', 'Llama-3.2-1B', 'TinyLlama-1.1B', 'Qwen2.5-1.5B'
+WHOLE_PASSES, LONG_PASSES = ((1, 512), (1, 2048), (4, 1024)), ((3, 3000), (8, 2048))        # rows, tokens of each; the long ones only where layers are computed again
 EAGER_PASSES = ('lora', 1, 512), ('qlora', 1, 1024), ('lora', 2, 1024), ('qlora', 4, 1024), ('qlora', 4, 2048)      # method, rows, tokens of each
 COMPILED_PASSES = ('qlora', 1, 512), ('lora', 2, 1024), ('qlora', 4, 1024), ('qlora', 8, 2048)
-FEATURES = '', '_wide', '_logits'       # of the constants' names
-GRID = dict(compiled=(range(0, 60, 5), np.arange(0, 1.3, .05), (0, .01, .02, .03)), eager=(range(0, 60, 5), np.arange(0, 1.3, .05), np.arange(0, .12, .005)))
+PADDED = 'SmolLM2-135M', 'Qwen3-0.6B', 'Llama-3.2-1B', 'Qwen2.5-1.5B'
+PADDED_RUNS = [(method, *run) for method, n in (('qlora', 2), ('lora', 1)) for run in product((8, 64), (False, True), range(1, n + 1)) if run[:2] != (8, True)]     # method, rank, layers computed again, passes of a step
+GRID = dict(compiled=dict(gaps_compiled=range(0, 60, 5), gaps_compiled_wide=np.arange(0, 1.3, .05), gaps_compiled_logits=(0, .01, .02, .03)),
+            eager=dict(gaps_eager=range(0, 60, 5), gaps_eager_wide=np.arange(0, 1.3, .05), gaps_eager_logits=np.arange(0, .12, .005)),
+            whole=dict(gaps_whole=range(0, 60, 5), gaps_whole_gradients=np.arange(0, .3, .005)),
+            again=dict(gaps_again=range(0, 100, 5), gaps_again_gradient=np.arange(0, 6, .25), gaps_again_wide=np.arange(0, 2, .05)),
+            padded=dict(gaps_plain=range(0, 200, 5), gaps_plain_wide=np.arange(0, 3, .1)))
+LINEAR = 'compiled', 'eager', 'again', 'padded'     # rules that are sums in their constants
 
 
 def case(model, method, rows, length, level=None, **more):
@@ -47,41 +55,47 @@ def cases():
     for p, k in ((('lora', 2, 1024), 'keep'), (('qlora', 2, 1024), 'layer'), (('qlora', 1, 512), 'keep'), (('qlora', 4, 1024), 'layer')): yield 'eager', *case('gemma-3-1b', *p, k, torch_compile=False)
     for more, k in product((dict(method='qlora', lora_r=64), dict(method='qlora', lora_r=4), dict(method='lora', target_modules=['q_proj', 'v_proj'])), ('keep', 'layer')):
         yield 'compiled', *case('Llama-3.1-8B', rows=1, length=2048, level=k, **more)
-    for m, again, optim, (n, length) in product(WHOLE, (False, True), ('adamw_torch', 'adamw_8bit'), ((1, 2048), (1, 512), (4, 1024))):
-        yield 'whole', *case(m, 'full', n, length, gradient_checkpointing=again, optim=optim)
+    for m, again, optim in product(WHOLE, (False, True), ('adamw_torch', 'adamw_8bit')):
+        for n, length in WHOLE_PASSES + LONG_PASSES * again:
+            if length <= model_shape(m).max_position_embeddings: yield 'again' if again else 'whole', *case(m, 'full', n, length, gradient_checkpointing=again, optim=optim)
+    for m, (method, r, again, passes), (n, length) in product(PADDED, PADDED_RUNS, ((1, 256), (2, 1024))):
+        yield 'padded', *case(m, method, n, length, padding_free=False, lora_r=r, gradient_checkpointing=again, gradient_accumulation_steps=passes)
 
 
 def traced(kind, settings, levels):
     "What a trace says."
-    found = trace(make_config(**settings), levels, whole=kind == 'whole')
+    found = trace(make_config(**settings), levels, whole=kind not in ('eager', 'compiled'))
     return dict(kind=kind, settings=settings, levels=levels, allocated=found.allocated, reserved=found.reserved, process=found.process)
 
 
-def facts(row):
-    "(bytes that need no constant, widest result, logits and loss), as `vram` puts them into the rule."
+def rule(row):
+    "Function that gives the bytes of today's rule with other constants."
     config, shape = make_config(**row['settings']), model_shape(row['settings']['model'])
-    est = estimate(shape, **_wishes(config, 1.), levels=row['levels'], gradient_checkpointing=config.gradient_checkpointing is True)
-    logits = max(parts['logits_loss'] for name, parts in est.phases.items() if name not in LATER)
-    tokens, kept = config.per_device_train_batch_size * config.max_length, 'layer' not in est.levels
-    apart = pools_apart(trained_matrices(shape, target_linears(shape, config.target_modules), config.lora_r), config.lora_r, tokens, kept)
-    return apart, 2 * tokens * max(o for _, o, _ in shape.linears.values()), logits
+    def said(**constants):
+        "The gaps that the closed form counts."
+        with patch.dict(process_constants(), constants):
+            est = estimate(shape, **_wishes(config, 1.), levels=row['levels'], gradient_checkpointing=config.gradient_checkpointing is True)
+            return reserved_bytes(est, row['kind'] == 'compiled') - tensors(est)
+    return said
 
 
-def beside(row):
-    "The row, and how far today's rule is from it, in bytes."
-    apart, wide, logits = facts(row)
-    rule = usual_gaps(apart, logits, wide, 64 * MiB, row['kind'] != 'whole', row['kind'] == 'compiled', row['kind'] == 'whole', row['settings'].get('gradient_checkpointing', False))
-    return row | dict(rule=rule - (row['reserved'] - row['allocated']))
+def rules(kind, rows):
+    "Function that gives the bytes of the rule for all rows with these constants."
+    names, each = [*GRID[kind]], [rule(r) for r in rows]
+    said = lambda values: np.array([f(**dict(zip(names, values))) for f in each])
+    if kind not in LINEAR: return said
+    nothing, many = said([0] * len(names)), 2**24
+    slopes = [(said([many * (n == name) for n in names]) - nothing) / many for name in names]
+    return lambda values: nothing + sum(v * slope for v, slope in zip(values, slopes))
 
 
-def best(rows, grid):
+def best(kind, rows):
     "The constants that leave least, and what they leave of each row's process."
-    known, wide, logits = np.array([facts(r) for r in rows]).T
-    gap, process = (np.array([f(r) for r in rows]) for f in (lambda r: r['reserved'] - r['allocated'] - 64 * MiB, lambda r: r['process']))
-    left = lambda c: (known + c[0] * MiB + c[1] * wide + c[2] * logits - gap) / process
-    cost = lambda c: abs(left(c)).max() + 2 * (left(c)**2).mean()**0.5
-    found = min(product(*grid), key=cost)
-    return found, left(found)
+    gap, process, said = *(np.array([f(r) for r in rows]) for f in (lambda r: r['reserved'] - r['allocated'], lambda r: r['process'])), rules(kind, rows)
+    left = lambda values: (said(values) - gap) / process
+    cost = lambda values: abs(left(values)).max() + 2 * (left(values)**2).mean()**0.5
+    found = min(product(*([v * MiB for v in values] if isinstance(values, range) else map(float, values) for values in GRID[kind].values())), key=cost)
+    return dict(zip(GRID[kind], found)), left(found)
 
 
 def main(workers='2', *kinds):
@@ -89,14 +103,13 @@ def main(workers='2', *kinds):
     there = json.loads(path.read_text())
     with ThreadPoolExecutor(max(1, int(workers))) as pool: found = list(tqdm(pool.map(lambda c: traced(*c), asked), total=len(asked), disable=not asked))
     rows = [r for r in there['rows'] if r['kind'] not in {c[0] for c in asked}] + found
-    write_json(path, (dict(date=now()[:10], versions=versions()) if asked else {k: there[k] for k in ('date', 'versions')}) | dict(rows=[beside(r) for r in rows]))
-    for kind, grid in GRID.items():
-        found, left = best([r for r in rows if r['kind'] == kind], grid)
-        for name, n in zip(FEATURES, (found[0] * MiB, *found[1:])): print(f'gaps_{kind}{name}: {n:g}')
+    write_json(path, (dict(date=now()[:10], versions=versions()) if asked else {k: there[k] for k in ('date', 'versions')}) | dict(rows=[r | dict(rule=rule(r)() - (r['reserved'] - r['allocated'])) for r in rows]))
+    for kind in GRID:
+        found, left = best(kind, [r for r in rows if r['kind'] == kind])
+        for name, n in found.items(): print(f'{name}: {n:g}')
         print(f'  leaves {min(left):+.2%} to {max(left):+.2%} of the process')
-    print('gaps_whole:', round(median(r['reserved'] - r['allocated'] for r in rows if r['kind'] == 'whole')))
     print(Table(['what', 'settings', 'levels', 'rule', 'of the process'], [[r['kind'], json.dumps(r['settings']), json.dumps(r['levels']), f"{r['rule'] / MiB:+.0f} MiB", f"{r['rule'] / r['process']:+.2%}"]
-                                                                          for r in sorted(map(beside, rows), key=lambda r: -abs(r['rule'] / r['process']))[:12]]))
+                                                                          for r in sorted(json.loads(path.read_text())['rows'], key=lambda r: -abs(r['rule'] / r['process']))[:12]]))
 
 
 if __name__ == '__main__': main(*sys.argv[1:])

@@ -60,24 +60,30 @@ def further():
                 case('TinyLlama-1.1B', 'lora', 1024, 1, torch_compile=False))
 
 
+def fresh_settings():
+    "What was drawn so far."
+    return json.loads((HERE / 'fresh.json').read_text())
+
+
 def drawn(number='26', seed='1123', most_gib=26):
-    "Write fresh.json: settings drawn at random, none larger than a share of the card."
+    "Add to fresh.json: settings drawn at random, none larger than a share of the card."
     sys.path.insert(0, str(HERE.parent / 'plan'))
     from agree import draw
-    rng, found = random.Random(int(seed)), []
-    while len(found) < int(number):
+    rng, found = random.Random(int(seed)), fresh_settings()
+    wanted = len(found) + int(number)
+    while len(found) < wanted:
         settings = draw(rng)
         shape = model_shape(settings['model'])
         small = settings['method'] == 'full' or shape.n_params < 15e9
         if not small or settings['model'] in NOT_THAT_MODEL or shape.model_type == 'gemma2': continue
         est = estimate_for(make_config(**settings), shape)
-        if est.peak < most_gib * 2**30: found.append(settings)
+        if est.peak < most_gib * 2**30 and settings not in found: found.append(settings)
     write_json(HERE / 'fresh.json', found)
 
 
 def fresh():
     "Settings that were drawn, on the whole card."
-    return [(settings, 0.) for settings in json.loads((HERE / 'fresh.json').read_text())]
+    return [(settings, 0.) for settings in fresh_settings()]
 
 
 NOT_THAT_MODEL = {'gemma-2-2b': 'transformers 5.17 computes its attention with a fused kernel, without the cap on scores'}

@@ -61,11 +61,13 @@ def first_pass(est):
 
 
 def repeated(row, est):
-    "Bytes of keys and values that PyTorch before 2.12 repeats for every query head, where rows of a pass differ in length; uncompiled layers keep them. The closed form is for later ones."
+    "Bytes of keys and values that PyTorch before 2.12 repeats for every query head, where rows of a pass differ in length; uncompiled layers keep them. The closed form is for later ones. Values that are part of a fused result keep it alive if they are not repeated."
     shape, config = model_shape(row['settings']['model']), make_config(**row['settings'])
     tokens = config.per_device_train_batch_size * config.max_length
     if not fast(row) or row['paths']['compile'] == 'on' or tokens % PASS_GRAIN == 0: return 0
-    return 4 * padded(tokens)[0] * (shape.num_attention_heads - shape.num_key_value_heads) * shape.head_dim * (est.levels.get('keep', 0) + est.levels.get('mlp', 0))
+    q, k = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    more = q - 3 * k if 'qkv_proj' in shape.linears else 2 * (q - k)
+    return 2 * padded(tokens)[0] * more * (est.levels.get('keep', 0) + est.levels.get('mlp', 0))
 
 
 def closed(row):

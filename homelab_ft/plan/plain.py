@@ -41,8 +41,9 @@ def layer_bytes(
     heads, q, k = shape.need_dense().num_attention_heads, shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     norms = shape.layer_norms * (4 * shape.hidden_size + 4) + shape.qk_norm * 4 * (q + k + heads + shape.num_key_value_heads)
     if method == 'full': norms += 4 * shape.layer_norms * shape.hidden_size + shape.qk_norm * (4 if shape.layer_norms > 2 else b) * (q + k)
-    scores = (2 * b + 4) * heads * length if shape.eager else 4 * heads + b * length * shape.masked(length)
-    keys_values = 2 * q if shape.masked(length) else 2 * k + (q + k) * ('qkv_proj' in shape.linears)
+    scores = (2 * b + 4) * heads * length if shape.eager else 4 * heads + round(b * length * shape.masked(length))
+    repeated = shape.masked(length) * (1 < shape.num_key_value_heads < shape.num_attention_heads)
+    keys_values = round(repeated * 2 * q + (1 - repeated) * (2 * k + (q + k) * ('qkv_proj' in shape.linears)))
     return norms + b * (2 * q + keys_values) + scores + 3 * b * shape.intermediate_size + _kept_inputs(shape, method, b, targets) + b * lora_r * len(targets)
 
 # %% ../../nbs/plan/plain.ipynb #a6a03c7c
@@ -92,7 +93,7 @@ def _kept(shape, method, batch_size, length, b, layer, checkpointing):
     "Bytes that stay for the backward pass: (of all layers, when the last layer's turn comes, when the first one's does)."
     tokens, full = batch_size * length, method == 'full'
     stream, norm = tokens * shape.hidden_size * (4 if full else b), tokens * 4 * shape.hidden_size * (2 if full else 1)
-    mask, held = batch_size * length**2 * shape.masked(length), shape.num_hidden_layers * tokens * _held_inputs(shape, method, b)
+    mask, held = batch_size * length**2 * bool(shape.masked(length)), shape.num_hidden_layers * tokens * _held_inputs(shape, method, b)
     if not checkpointing: return mask + shape.num_hidden_layers * layer + norm * full, 0, mask + layer + held
     return mask + shape.num_hidden_layers * stream + norm + held, layer, mask + layer + stream + held
 

@@ -46,8 +46,8 @@ def pools_of(
 def lane_workspaces(
     book,                   # a `Ledger`
 ) -> int:
-    "Bytes of the lane's own workspaces."
-    return sum(n for n, number in book.events[:1] if book.kinds.get(number) == 'workspaces')
+    "Bytes of the lane's own workspace."
+    return sum(n for n, number in book.events[:1] if book.kinds.get(number) == 'workspaces') // 2
 
 # %% ../../nbs/plan/process.ipynb #ed3488da
 def _gap(book, numbers) -> int:

@@ -12,7 +12,6 @@ from functools import partial
 import numpy as np
 
 from ..core import ConfigError, GiB, near_matches
-from .later import LATER
 from .shape import known_shapes, model_shape
 from .speed import _check_numbers, _check_wishes
 from .vram import _check_sizes, estimate, fitted
@@ -89,11 +88,11 @@ def length_batch_map(
 
 # %% ../../nbs/plan/reach.ipynb #903c8d3b
 def _peaks(plan, lengths, batches, wishes) -> list:
-    "A list per length. Of a fast step only the tokens of a pass count, so that each number of them is planned once, with the longest rows, unless the peak is in no step."
+    "A list per length. Of a fast step only the tokens of a pass count, so that each number of them is planned once, with the longest rows, unless what is needed is not needed by a step."
     known, found = {}, {}
     for n, b in sorted(((n, b) for n in lengths for b in batches), key=lambda pair: -pair[0]):
         est = known.get(n * b) or plan(**wishes | dict(length=int(n), batch_size=int(b)))
-        if est.step == 'fast' and est.phase not in LATER: known[n * b] = est
+        if est.step == 'fast' and est.needed == est.step_peak - est.gaps: known[n * b] = est
         found[n, b] = est.needed
     return [[found[n, b] for b in batches] for n in lengths]
 

@@ -22,10 +22,10 @@ ARCHITECTURES = {   # model_type -> what differs from Llama: defaults of the key
     'llama': dict(attention_bias=False, mlp_bias=False), 'mistral': dict(num_key_value_heads=8, sliding_window=4096),
     'qwen2': dict(num_key_value_heads=32, use_sliding_window=False, sliding_window=4096, qkv_bias=True),
     'qwen3': dict(head_dim=128, num_key_value_heads=32, attention_bias=False, use_sliding_window=False, sliding_window=4096, qk_norm=True),
-    'phi3': dict(sliding_window=None, fused=True), 'gemma2': dict(**_GEMMA, eager=True), 'gemma3_text': dict(**_GEMMA, qk_norm=True),
+    'phi3': dict(sliding_window=None, fused=True), 'gemma2': dict(**_GEMMA, eager=True, full_every=2), 'gemma3_text': dict(**_GEMMA, qk_norm=True, full_every=6),
     'mixtral': dict(**_MANY, sliding_window=None),
     'qwen3_moe': dict(num_key_value_heads=4, attention_bias=False, use_sliding_window=False, sliding_window=4096, qk_norm=True, mixture=True),
-    'gpt_oss': dict(**_MANY, head_dim=64, attention_bias=True, sliding_window=128, eager=True, sinks=True, expert_bias=True),
+    'gpt_oss': dict(**_MANY, head_dim=64, attention_bias=True, sliding_window=128, full_every=2, eager=True, sinks=True, expert_bias=True),
 }
 
 # %% ../../nbs/plan/shape.ipynb #5ce1b53f
@@ -48,6 +48,7 @@ class ModelShape:
     layer_norms: int = 2           # norms over the residual stream per layer
     qk_norm: bool = False          # norms over each query and key head
     sliding_window: int | None = None    # tokens that some layers look back, if not all
+    full_layers: int = 0                 # of these models, layers that look back over everything
     eager: bool = False            # attention scores are materialised (no fused kernel for this model)
     num_experts: int = 0           # experts in each layer; 0: a dense model
     expert_size: int = 0           # width inside one expert
@@ -104,9 +105,9 @@ def counts(self: ModelShape) -> dict:       # kind -> parameters; they add up to
 @patch
 def masked(self: ModelShape,
     length: int,     # tokens per row
-) -> bool:
-    "Whether attention needs an explicit mask: rows as long as the sliding window or longer."
-    return bool(self.sliding_window) and length >= self.sliding_window
+) -> float:
+    "The share of layers that need an explicit mask: those with a sliding window, if rows are as long as it or longer."
+    return (1 - self.full_layers / self.num_hidden_layers) * (bool(self.sliding_window) and length >= self.sliding_window)
 
 # %% ../../nbs/plan/shape.ipynb #2f7e312c
 def _linears(
@@ -178,8 +179,10 @@ def _shape_from_config(
     _check_given(c)
     experts, width = _experts(config, arch)
     window = read('sliding_window') if read('use_sliding_window') is not False else None
+    types, every = config.get('layer_types'), arch.get('full_every')
+    full = types.count('full_attention') if types else c['num_hidden_layers'] // every if every else 0
     return ModelShape(config['model_type'], **c, tie_word_embeddings=bool(config.get('tie_word_embeddings', arch.get('tie_word_embeddings'))),
-                      linears=_linears(c | dict(attention_bias=read('attention_bias'), mlp_bias=read('mlp_bias')), arch), sliding_window=window,
+                      linears=_linears(c | dict(attention_bias=read('attention_bias'), mlp_bias=read('mlp_bias')), arch), sliding_window=window, full_layers=full * bool(window),
                       num_experts=experts, expert_size=width, stored_as=(config.get('quantization_config') or {}).get('quant_method'),
                       **{k: arch[k] for k in _TRAITS if k in arch})
 

@@ -29,7 +29,7 @@ class MemoryTrace:
     phase: str              # where that peak is
     parts: dict             # part -> bytes there
     phases: dict            # phase -> part -> bytes, of that step
-    first_pass: int         # the peak of a pass before the optimizer has states, which is what the training step measures when it fits the card
+    first_pass: int         # the peak of a pass without the optimizer's states, which is what the training step measures when it fits the card
     reserved: int           # PyTorch's memory, in segments that grow
     process: int            # what the driver counts
     recorded: bool          # whether passes are recorded, which `reserved` and `process` count
@@ -178,7 +178,7 @@ def _result(found, counts, process, layers, began) -> MemoryTrace:
     at, paths = all_peaks(books, counts), found[0]['paths']
     phases = {phase: parts for (step, phase), parts in at.items() if step != 1}
     total = {phase: sum(parts.values()) for phase, parts in phases.items()}
-    first = max(sum(parts.values()) for (step, phase), parts in at.items() if step == 1 and phase != 'optimizer')
+    first = max(sum(parts.values()) - parts['optimizer'] for (step, phase), parts in at.items() if step == 1 and phase != 'optimizer')
     peak, outside = max(total, key=total.get), _outside(books, counts, paths.get('compile') == 'on', **process)
     return MemoryTrace(total[peak], peak, phases[peak], phases, first, *outside, process['recorded'], on_the_line([f['host'] for f in found], counts), layers,
                        paths, round(time.monotonic() - began, 1), books[0].events if len(books) == 1 else [])

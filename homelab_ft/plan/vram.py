@@ -15,7 +15,7 @@ from ..files import Table
 from .fast import _kind, chunk_for, fast_phases, kept_bytes, padded, why_no_terms
 from .later import LATER, later_phases, logits_bytes, together
 from .levels import LEVELS, choose_levels
-from .outside import pools_apart, process_bytes, usual_gaps
+from .outside import pools_apart, process_bytes, step_gaps
 from .plain import plain_phases, working_bytes
 from .shape import ModelShape, model_shape
 from .weights import COMPUTE_BYTES, METHODS, OPTIMIZER_BYTES, WORKSPACE_BYTES, _check_choice, adapter_params, state_bytes, target_linears, trained_matrices, weight_bytes
@@ -145,23 +145,23 @@ def _fixed(shape, method, trained, double_quant, states, b, fast, copies, card) 
     return found | dict(gradients=4 * trained) if fast else found
 
 # %% ../../nbs/plan/vram.ipynb #131f38fa
-def _overhead(shape, method, matrices, logits, levels, recorded, compiled, card, correction, lean=False, tokens=0, lora_r=0) -> tuple:
+def _overhead(shape, method, matrices, extra, levels, recorded, compiled, card, correction, lean=False, tokens=0, lora_r=0, targets={}) -> tuple:
     "Context, libraries and gaps; which of the gaps a full card gets back: those outside of recordings; and which are none when gradients are collected."
     if card == 'cpu': return ASSUMED_OVERHEAD, 0, 0
-    apart = pools_apart(matrices, lora_r, tokens, (levels.get('keep', 0) + levels.get('mlp', 0)) / shape.num_hidden_layers, recorded)
-    gaps = usual_gaps(apart, logits, 2 * tokens * max(o for _, o, _ in shape.linears.values()), WORKSPACE_BYTES[card], recorded, compiled, lean, 'layer' in levels, shape.eager, method == 'int8' and 'keep' in levels)
+    apart = pools_apart(matrices, lora_r, tokens, (levels.get('keep', 0) + levels.get('mlp', 0)) / shape.num_hidden_layers)
+    kind = 'whole' if lean else 'padded' if not recorded else 'compiled' if compiled else 'eager'
+    gaps = step_gaps(shape, kind, extra, tokens, 'layer' in levels, matrices, targets, apart, WORKSPACE_BYTES[card], method == 'int8' and 'keep' in levels)
     return process_bytes(gaps, levels, recorded, compiled, correction, method == 'int8'), gaps * (not recorded), recorded * (apart - 2 * sum(n * size for n, size in matrices))
 
 # %% ../../nbs/plan/vram.ipynb #649c2d02
 def _between(shape, method, fixed, length, learned, new_tokens, trained, b, fast, card, correction) -> dict:
     "Phases between and after the steps."
-    outside, *_ = _overhead(shape, method, [], logits_bytes(shape, learned, b), {}, False, False, card, correction)
+    outside, *_ = _overhead(shape, method, [], dict(loss=dict(logits_loss=logits_bytes(shape, learned, b))), {}, False, False, card, correction)
     return later_phases(shape, method, fixed, outside, length, learned, new_tokens, trained, b, fast)
 
 def _all_phases(fixed: dict, staging: int, extra: dict, trained: int) -> dict:
     "Every phase of a step, with its parts."
-    loaded = dict.fromkeys(PARTS, 0) | dict(weights=fixed['weights'] + staging, overhead=fixed['overhead'])
-    return {'load': loaded, **{name: together(fixed, parts) for name, parts in extra.items()}, 'optimizer step': fixed | dict(gradients=4 * trained)}
+    return {'load': dict.fromkeys(PARTS, 0) | dict(weights=fixed['weights'] + staging, overhead=fixed['overhead']), **{name: together(fixed, parts) for name, parts in extra.items()}, 'optimizer step': fixed | dict(gradients=4 * trained)}
 
 # %% ../../nbs/plan/vram.ipynb #39597856
 def estimate(
@@ -199,7 +199,7 @@ def estimate(
     if why: extra = plain_phases(shape, method, batch_size, length, learned, trained, targets, lora_r, b, 'layer' in kept, gradient_accumulation_steps > 1, lean)
     else: extra = fast_phases(shape, kind, kept, *padded(tokens, learned), lora_r, torch_compile, chunk, tuple(targets))
     fixed = _fixed(shape, method, trained, double_quant, states, b, not why, copies, card)
-    fixed['overhead'], gaps, apart = _overhead(shape, method, matrices * (copies or bool(why and targets)), max(parts.get('logits_loss', 0) for parts in extra.values()), kept, recorded, torch_compile, card, correction, lean, tokens if why else padded(tokens)[0], lora_r)
+    fixed['overhead'], gaps, apart = _overhead(shape, method, matrices * (copies or bool(why and targets)), extra, kept, recorded, torch_compile, card, correction, lean, tokens if why else padded(tokens)[0], lora_r, targets)
     if 'collect' in extra: extra['collect'] |= dict(overhead=-apart)      # the pools of small blocks are full then
     phases = _all_phases(fixed, working_bytes(shape, method, 0, b), extra, trained) | _between(shape, method, fixed, length, round(length * label_share), max_new_tokens, trained, b, not why, card, correction)
     phase, told, host = max(phases, key=lambda name: sum(phases[name].values())), f'plain: {why}' if why else 'fast', host + kept.get('offload', 0) * b * tokens * shape.hidden_size

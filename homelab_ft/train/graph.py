@@ -90,7 +90,7 @@ def _take(
     "One recording."
     batch, graph, stream = {k: v.clone() for k, v in batch.items()}, torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph, pool=lane.pool.id, stream=lane.stream): loss = _once(step, batch, after)
+        with torch.cuda.graph(graph, pool=lane.pool.id, stream=lane.stream), torch.autograd.set_multithreading_enabled(False): loss = _once(step, batch, after)
     except BaseException:
         lane.broken = True                      # passes may go on there, recordings not
         _mend(stream, lane.pool.id)

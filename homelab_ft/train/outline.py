@@ -57,7 +57,7 @@ def _last_reads(nodes, lazy) -> dict:
     place, end = {n: i for i, n in enumerate(nodes)}, {}
     def last(n):
         "The last reader of one node."
-        if n not in end: end[n] = max([last(u) if u in lazy else place[u] for u in n.users] + [place[n]] * (n not in lazy or not n.users))
+        if n not in end: end[n] = max([last(u) if u in lazy else place[u] for u in n.users if u in place] + [place[n]] * (n not in lazy or not n.users))
         return end[n]
     for n in reversed(nodes): last(n)
     return end
@@ -89,20 +89,32 @@ def _groups(nodes, sorts, lazy, before) -> dict:
             for n in joined: group[n] = joined
     return group
 
+def _when_needed(nodes, sorts) -> list:
+    "The same nodes in another order: pointwise results and views just before the first that needs them."
+    order = {}          # as a set that remembers its order
+    def put(n):
+        "A node after what it needs."
+        for a in n.all_input_nodes:
+            if a not in order: put(a)
+        order[n] = None
+    for n in nodes:
+        if sorts[n] not in ('point', 'view') and n not in order: put(n)
+    return [*order]
+
 def by_kernel(
     nodes: list,            # of a graph, in their order
     sorts: dict,            # node -> its `sort_of`
     lazy: set,              # those that are computed on the way
-) -> list:                  # the same nodes
-    "The order in which they run: as before, but what one kernel makes side by side, as soon as all of it can be made."
-    before = _ancestors(nodes)
+) -> tuple:                 # (the same nodes, node -> those that its kernel makes)
+    "The order in which they run: results when they are needed, but what one kernel makes side by side, as soon as all of it can be made."
+    nodes, before = _when_needed(nodes, sorts), _ancestors(nodes)
     group, done, order, waiting = _groups(nodes, sorts, lazy, before), set(), [], list(nodes)
     while waiting:
         ready = next(n for n in waiting if all(before[m] - lazy <= done | group[n] for m in group[n]))
         order += sorted(group[ready], key=nodes.index)
         done |= group[ready]
         waiting = [n for n in waiting if n not in done]
-    return order
+    return order, group
 
 # %% ../../nbs/train/outline.ipynb #e7500f4e
 def _new(value):
@@ -117,17 +129,21 @@ class Program:
     "A graph as Inductor would run it, as far as memory goes; called with a list of fake tensors, which it empties."
     def __init__(self,
         module,             # torch.fx.GraphModule
+        donated=(),         # places of inputs whose memory nobody else will read
     ):
         self.module, nodes = module, list(module.graph.nodes)
         self.sorts = {n: sort_of(n) for n in nodes}
         self.lazy = _on_the_way(nodes, self.sorts)
-        self.nodes = by_kernel(nodes, self.sorts, self.lazy)
+        self.nodes, self.kernel = by_kernel(nodes, self.sorts, self.lazy)
         self.end, self.dying = _last_reads(self.nodes, self.lazy), {}
         for n, i in self.end.items(): self.dying.setdefault(i, []).append(n)
+        self.reads = {n: _reads(n, self.sorts, self.lazy) for n in nodes if self.sorts[n] == 'point' and n not in self.lazy}
+        inputs = [n for n in nodes if self.sorts[n] == 'placeholder']
+        self.donated = {inputs[i] for i in donated}
 
     def __call__(self, args):
         "The graph's outputs."
-        known, own, given = {}, set(), iter(list(args))
+        known, own, given = {}, set(self.donated), iter(list(args))
         args.clear()
         for i, n in enumerate(self.nodes):
             if self.sorts[n] == 'output': return [known[a] if isinstance(a, torch.fx.Node) else a for a in n.args[0]]
@@ -141,20 +157,26 @@ class Program:
         if kind == 'placeholder': return next(given)
         if kind == 'get_attr': return getattr(self.module, n.target)
         if kind in ('view', 'item', 'extern'): return n.target(*torch.fx.map_arg(n.args, pick), **torch.fx.map_arg(n.kwargs, pick))
-        over = kind == 'point' and next((a for a in _reads(n, self.sorts, self.lazy) if self._may_go(a, n, i, known, own)), None)
+        over = kind == 'point' and next((a for a in self.reads[n] if self._may_go(a, n, i, known, own)), None)
         return torch.as_strided(known[over], n.meta['val'].shape, n.meta['val'].stride()) if over else _new(n.meta['val'])
 
     def _may_go(self, a, n, i, known, own) -> bool:
-        "Whether a result may be written over this input: of our making, of the same size and type, and read by nobody later, not even as a view."
+        "Whether a result may be written over this input: ours, of the same size and type, and read by nobody later, not even as a view, nor for another result of the kernel."
         old, new = known.get(a), n.meta['val']
         if a not in own or self.end[a] > i or not isinstance(old, torch.Tensor) or old.dtype != new.dtype: return False
         if old.untyped_storage().nbytes() != new.numel() * new.element_size(): return False
+        if any(a in self.reads[m] for m in self.kernel[n] - {n}): return False
         return not any(_same_memory(known[o], old) and self.end[o] > i for o in known if o is not a)
 
 # %% ../../nbs/train/outline.ipynb #38bbae3c
-def _boxed(module, inputs):
+def _donated() -> list:
+    "Places of the backward graph's inputs that only it reads: what the forward graph kept and nobody else has."
+    context = torch._guards.TracingContext.try_get()
+    return context and context.fw_metadata and context.fw_metadata.bw_donated_idxs or []
+
+def _boxed(module, inputs, donated=lambda: ()):
     "A compiler for AOTAutograd."
-    program = Program(module)
+    program = Program(module, donated())
     def call(args):
         "Run the program."
         return program(args)
@@ -171,7 +193,7 @@ def outlined(
     torch._functorch.config.ban_recompute_materialized_backward = False
     torch._dynamo.reset()       # programs for other shapes
     partition = partial(min_cut_rematerialization_partition, compiler='inductor')
-    backend = aot_autograd(fw_compiler=_boxed, bw_compiler=_boxed, partition_fn=partition, decompositions=select_decomp_table())
+    backend = aot_autograd(fw_compiler=_boxed, bw_compiler=partial(_boxed, donated=_donated), partition_fn=partition, decompositions=select_decomp_table())
     return torch.compile(type(layers[0]).forward, fullgraph=True, dynamic=False, backend=backend)
 
 # %% ../../nbs/train/outline.ipynb #6b5433fd

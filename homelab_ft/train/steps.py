@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['steps_per_epoch', 'total_steps', 'interval', 'count_rows', 'epoch_steps', 'warmup_length', 'rate_factor',
-           'learning_rate', 'make_optimizer', 'State', 'Job', 'take_step', 'read_losses', 'count_time']
+           'learning_rate', 'make_optimizer', 'make_states', 'State', 'Job', 'take_step', 'read_losses', 'count_time']
 
 # %% ../../nbs/train/steps.ipynb #68008a7e
 import math, time
@@ -130,6 +130,17 @@ def make_optimizer(
     import bitsandbytes.optim as bnb
     return dict(adamw_8bit=bnb.AdamW8bit, paged_adamw_8bit=bnb.PagedAdamW8bit, paged_adamw_32bit=bnb.PagedAdamW32bit)[name](groups, **options)
 
+# %% ../../nbs/train/steps.ipynb #e3817978
+def make_states(
+    optimizer,              # from `make_optimizer`, without states
+):
+    "Make the states of every parameter now, as the first step would; what later steps do does not change."
+    import torch
+    for i, group in enumerate(optimizer.param_groups):
+        for j, p in enumerate(group['params']):
+            if hasattr(optimizer, 'init_state'): optimizer.init_state(group, p, i, j)      # bitsandbytes
+            else: optimizer.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+
 # %% ../../nbs/train/steps.ipynb #b8d6ea11
 @dataclass
 class State:
@@ -211,6 +222,7 @@ def take_step(
     torch.manual_seed((c.seed * 1_000_003 + s.step) % 2**63)
     rate = learning_rate(s.step, s.total_steps, c, s.peak, s.factor_then)
     for group in job.optimizer.param_groups: group['lr'] = rate * group.get('lr_ratio', 1.)      # absent in old checkpoints
+    if c.method == 'full' and not job.optimizer.state: make_states(job.optimizer)
     rows = job.rows()
     tokens = int(sum(job.train.lengths[batch].sum() for batch in rows))
     loss, _ = job.engine.accumulate(job.train, rows)
