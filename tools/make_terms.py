@@ -6,6 +6,7 @@ Modes that are named are made again, all if none is; files are written after eac
 import gc, json, sys, time
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from tqdm.auto import tqdm
@@ -14,7 +15,7 @@ from homelab_ft.files import write_atomic
 from homelab_ft.plan import terms
 from homelab_ft.plan.ledger import Ledger
 from homelab_ft.plan.models import known_config
-from homelab_ft.train import rehearse
+from homelab_ft.train import rehearse, witness
 from homelab_ft.train.watch import versions
 
 PLAN = Path(__file__).resolve().parents[1] / 'homelab_ft/plan'
@@ -47,8 +48,8 @@ def ledger(mode, layers, sizes):
     gc.collect()
     gc.disable()
     try:
-        witness, _ = rehearse.rehearse(config, scene)
-        return Ledger(list(witness.book.events), list(witness.book.marks), dict(witness.book.kinds))
+        with patch.object(witness, 'sum_bytes', lambda *_: 0): seen, _ = rehearse.rehearse(config, scene)      # no products of sizes; `fast_phases` adds them
+        return Ledger(list(seen.book.events), list(seen.book.marks), dict(seen.book.kinds))
     finally: gc.enable()
 
 

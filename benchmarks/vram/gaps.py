@@ -1,7 +1,7 @@
 """Gaps of the allocator for the closed form's rules, from traces: python gaps.py [workers [kind ...]]. Writes gaps.json and prints the constants; half an hour on two cores, without a
 card. Only the kinds that are named are traced, all if none is; `python gaps.py 0` puts the rules of today beside the traces that are there.
 
-Rows end to end, compiled and not, from 512 to 16,384 tokens of a pass, on all levels; whole models, which keep everything or compute layers again; and adapters in padded rows, with
+Rows end to end, compiled and not, and with DoRA, from 512 to 16,384 tokens of a pass, on all levels; whole models, which keep everything or compute layers again; and adapters in padded rows, with
 one pass for a step and with two. Padded rows are traced with all their layers. Every block is replayed.
 The constants are those of a grid that leave least: the worst difference to a trace, as a share of the process, and twice the root of the mean square.
 """
@@ -31,14 +31,17 @@ WHOLE = 'SmolLM2-135M', 'SmolLM2-360M', 'Qwen3-0.6B', 'Llama-3.2-1B', 'TinyLlama
 WHOLE_PASSES, LONG_PASSES = ((1, 512), (1, 2048), (4, 1024)), ((3, 3000), (8, 2048))        # rows, tokens of each; the long ones only where layers are computed again
 EAGER_PASSES = ('lora', 1, 512), ('qlora', 1, 1024), ('lora', 2, 1024), ('qlora', 4, 1024), ('qlora', 4, 2048)      # method, rows, tokens of each
 COMPILED_PASSES = ('qlora', 1, 512), ('lora', 2, 1024), ('qlora', 4, 1024), ('qlora', 8, 2048)
+DORA = 'Qwen2.5-0.5B', 'Llama-3.2-1B', 'Qwen3-0.6B', 'Llama-3.1-8B'
+DORA_PASSES = ('lora', 1, 512), ('qlora', 1, 1024), ('lora', 2, 1024), ('qlora', 4, 1024), ('lora', 4, 2048), ('qlora', 3, 4096)
 PADDED = 'SmolLM2-135M', 'Qwen3-0.6B', 'Llama-3.2-1B', 'Qwen2.5-1.5B'
 PADDED_RUNS = [(method, *run) for method, n in (('qlora', 2), ('lora', 1)) for run in product((8, 64), (False, True), range(1, n + 1)) if run[:2] != (8, True)]     # method, rank, layers computed again, passes of a step
 GRID = dict(compiled=dict(gaps_compiled=range(0, 60, 5), gaps_compiled_wide=np.arange(0, 1.3, .05), gaps_compiled_logits=(0, .01, .02, .03)),
             eager=dict(gaps_eager=range(0, 60, 5), gaps_eager_wide=np.arange(0, 1.3, .05), gaps_eager_logits=np.arange(0, .12, .005)),
+            dora=dict(gaps_dora=range(0, 200, 5), gaps_dora_wide=np.arange(0, 3, .05), gaps_dora_logits=np.arange(0, .12, .01)),
             whole=dict(gaps_whole=range(0, 60, 5), gaps_whole_gradients=np.arange(0, .3, .005)),
             again=dict(gaps_again=range(0, 100, 5), gaps_again_gradient=np.arange(0, 6, .25), gaps_again_wide=np.arange(0, 2, .05)),
             padded=dict(gaps_plain=range(0, 200, 5), gaps_plain_wide=np.arange(0, 3, .1)))
-LINEAR = 'compiled', 'eager', 'again', 'padded'     # rules that are sums in their constants
+LINEAR = 'compiled', 'eager', 'dora', 'again', 'padded'     # rules that are sums in their constants
 
 
 def case(model, method, rows, length, level=None, **more):
@@ -51,6 +54,7 @@ def cases():
     "(kind, settings, levels)."
     levels = 'keep', 'mlp', 'layer'
     for m, p, k in product(EAGER, EAGER_PASSES, levels): yield 'eager', *case(m, *p, k, torch_compile=False)
+    for m, p, k in product(DORA, DORA_PASSES, levels): yield 'dora', *case(m, *p, k, torch_compile=False, use_dora=True)
     for m, p, k in product(COMPILED, COMPILED_PASSES, levels): yield 'compiled', *case(m, *p, k)
     for p, k in ((('lora', 2, 1024), 'keep'), (('qlora', 2, 1024), 'layer'), (('qlora', 1, 512), 'keep'), (('qlora', 4, 1024), 'layer')): yield 'eager', *case('gemma-3-1b', *p, k, torch_compile=False)
     for more, k in product((dict(method='qlora', lora_r=64), dict(method='qlora', lora_r=4), dict(method='lora', target_modules=['q_proj', 'v_proj'])), ('keep', 'layer')):
@@ -64,7 +68,7 @@ def cases():
 
 def traced(kind, settings, levels):
     "What a trace says."
-    found = trace(make_config(**settings), levels, whole=kind not in ('eager', 'compiled'))
+    found = trace(make_config(**settings), levels, whole=kind not in ('eager', 'dora', 'compiled'))
     return dict(kind=kind, settings=settings, levels=levels, allocated=found.allocated, reserved=found.reserved, process=found.process)
 
 

@@ -97,11 +97,11 @@ def recorded_gaps(
     logits: int,            # bytes of logits and loss at the peak
     wide: int,              # bytes of a layer's widest result in 16 bits; compiled, of an adapted matrix
     workspaces: int,        # bytes, of two threads; the lane has one
-    compiled: bool,         # layers are compiled
+    how: str,               # layers are compiled or eager; dora: eager, with scales
     eight_bits: bool = False,   # weights are in 8 bits, and layers keep everything
 ) -> int:
     "Reserved bytes beyond allocated ones where passes are recorded, by rule."
-    c, how = process_constants(), 'compiled' if compiled else 'eager'
+    c = process_constants()
     return workspaces // 2 + apart + c[f'gaps_{how}'] + round(c[f'gaps_{how}_wide'] * wide + c[f'gaps_{how}_logits'] * logits) + c['gaps_eight_bits'] * eight_bits
 
 # %% ../../nbs/plan/outside.ipynb #6218d6c3
@@ -134,7 +134,7 @@ def whole_gaps(
 # %% ../../nbs/plan/outside.ipynb #3cbbae08
 def step_gaps(
     shape,                  # the model, a `ModelShape`
-    kind: str,              # compiled or eager (recorded passes), padded, whole
+    kind: str,              # compiled, eager or dora (recorded passes), padded, whole
     extra: dict,            # phase -> part -> bytes that a step adds
     tokens: int,            # of a pass
     again: bool,            # layers are computed again
@@ -148,6 +148,6 @@ def step_gaps(
     linears, sums = (targets if kind == 'compiled' else shape.linears).values(), {name: sum(parts.values()) for name, parts in extra.items()}
     logits, wide = max(parts.get('logits_loss', 0) for parts in extra.values()), 2 * tokens * max(o for _, o, _ in linears)
     if kind == 'padded': return padded_gaps(matrices, logits, wide, again, bool(extra['loss'].get('gradients')), shape.eager)
-    if kind != 'whole': return recorded_gaps(apart, logits, wide, workspaces, kind == 'compiled', eight_bits)
+    if kind != 'whole': return recorded_gaps(apart, logits, wide, workspaces, kind, eight_bits)
     largest, end = 4 * max(i * o for i, o, _ in linears), max(sums['backward: first layer'], sums['backward: embeddings'])
     return whole_gaps(again, largest, 4 * shape.num_hidden_layers * shape.linear_params, wide, max(sums.values()) - end)

@@ -149,7 +149,7 @@ def _overhead(shape, method, matrices, extra, levels, recorded, compiled, card, 
     "Context, libraries and gaps; which of the gaps a full card gets back: those outside of recordings; and which are none when gradients are collected."
     if card == 'cpu': return ASSUMED_OVERHEAD, 0, 0
     apart = pools_apart(matrices, lora_r, tokens, (levels.get('keep', 0) + levels.get('mlp', 0)) / shape.num_hidden_layers)
-    kind = 'whole' if lean else 'padded' if not recorded else 'compiled' if compiled else 'eager'
+    kind = 'whole' if lean else 'padded' if not recorded else 'compiled' if compiled else 'dora' if 'dora' in method else 'eager'
     gaps = step_gaps(shape, kind, extra, tokens, 'layer' in levels, matrices, targets, apart, WORKSPACE_BYTES[card], method == 'int8' and 'keep' in levels)
     return process_bytes(gaps, levels, recorded, compiled, correction, method == 'int8'), gaps * (not recorded), recorded * (apart - 2 * sum(n * size for n, size in matrices))
 
@@ -197,9 +197,9 @@ def estimate(
     kept = _levels(shape.num_hidden_layers, levels, gradient_checkpointing, bool(why))
     lean, recorded, copies = method == 'full' and card != 'cpu' and not (shape.eager or full_logits), not why and 'offload' not in kept, not (why or use_dora or method == 'int8')
     if why: extra = plain_phases(shape, method, batch_size, length, learned, trained, targets, lora_r, b, 'layer' in kept, gradient_accumulation_steps > 1, lean)
-    else: extra = fast_phases(shape, kind, kept, *padded(tokens, learned), lora_r, torch_compile, chunk, tuple(targets))
+    else: extra = fast_phases(shape, kind, kept, *padded(tokens, learned), lora_r, torch_compile, chunk, tuple(targets), card)
     fixed = _fixed(shape, method, trained, double_quant, states, b, not why, copies, card)
-    fixed['overhead'], gaps, apart = _overhead(shape, method, matrices * (copies or bool(why and targets)), extra, kept, recorded, torch_compile, card, correction, lean, tokens if why else padded(tokens)[0], lora_r, targets)
+    fixed['overhead'], gaps, apart = _overhead(shape, kind, matrices * (copies or bool(why and targets)), extra, kept, recorded, torch_compile, card, correction, lean, tokens if why else padded(tokens)[0], lora_r, targets)
     if 'collect' in extra: extra['collect'] |= dict(overhead=-apart)      # the pools of small blocks are full then
     phases = _all_phases(fixed, working_bytes(shape, method, 0, b), extra, trained) | _between(shape, method, fixed, length, round(length * label_share), max_new_tokens, trained, b, not why, card, correction)
     phase, told, host = max(phases, key=lambda name: sum(phases[name].values())), f'plain: {why}' if why else 'fast', host + kept.get('offload', 0) * b * tokens * shape.hidden_size

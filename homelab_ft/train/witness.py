@@ -8,6 +8,7 @@ __all__ = ['check_card', 'inside', 'Witness']
 # %% ../../nbs/train/witness.ipynb #f7a2c5cd
 import sys, weakref
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..core import ConfigError
 from ..plan.ledger import Ledger
-from ..plan.weights import WORKSPACE_BYTES
+from ..plan.weights import WORKSPACE_BYTES, sum_bytes
 
 # %% ../../nbs/train/witness.ipynb #b612c457
 def _fused(args):
@@ -60,13 +61,22 @@ def check_card(
     if card in WORKSPACE_BYTES: return card
     raise ConfigError('unknown kind of card', value=card, allowed=', '.join(WORKSPACE_BYTES), next_step='hopper for H100, H200 and Blackwell, ampere for older ones')
 
+# %% ../../nbs/train/witness.ipynb #e1a5b6c8
+def _partial_sums(args, card):
+    "`sum` over all dimensions but the last ones."
+    shape, gone = args[0].shape, {d % args[0].dim() for d in args[1] or ()}
+    width = prod(n for d, n in enumerate(shape) if d not in gone)
+    return [n] if gone and max(gone) < len(shape) - 1 and (n := sum_bytes(args[0].numel() // max(1, width), width, card)) else []
+
 # %% ../../nbs/train/witness.ipynb #71bc0167
 def inside(
     func,                   # an operator
     args: tuple,            # of its call
+    card: str = 'hopper',   # a key of `WORKSPACE_BYTES`
 ) -> list:                  # bytes of each piece
     "What exists on a card while this operator runs, beside its arguments and results."
     name = func._schema.name
+    if name == 'aten::sum' and len(args) > 1: return _partial_sums(args, card)
     if name in ('homelab_ft::lora_linear', 'homelab_ft::lora_linear_backward'): return _fused(args)
     if name == 'bitsandbytes::gemm_4bit': return _gemm_4bit(args)
     if name == 'bitsandbytes::int8_scaled_mm': return _int8_product(args)
@@ -100,7 +110,7 @@ class Witness(TorchDispatchMode):
     ):
         super().__init__()
         self.book, self.host, self.away, self.live, self.step, self.phase = Ledger(), Ledger(), False, {}, 0, ''
-        self.inside = inside if check_card(card) != 'cpu' else lambda func, args: []
+        self.inside = partial(inside, card=card) if check_card(card) != 'cpu' else lambda func, args: []
         self.book.mark(0, 'load')
         if WORKSPACE_BYTES[card]: self.book.birth(WORKSPACE_BYTES[card], 'workspaces')
 
