@@ -137,12 +137,9 @@ class Program:
         self.nodes, self.kernel = by_kernel(nodes, self.sorts, self.lazy)
         self.end, self.dying = _last_reads(self.nodes, self.lazy), {}
         for n, i in self.end.items(): self.dying.setdefault(i, []).append(n)
+        self.reads = {n: _reads(n, self.sorts, self.lazy) for n in nodes if self.sorts[n] == 'point' and n not in self.lazy}
         inputs = [n for n in nodes if self.sorts[n] == 'placeholder']
-        self.donated, self.root = {inputs[i] for i in donated}, {}
-        for n in nodes: self.root[n] = self.root[n.all_input_nodes[0]] if self.sorts[n] == 'view' else n
-        self.flat = {n for n in nodes if self.sorts[n] != 'view' or _size(n) == _size(self.root[n]) and n.meta['val'].is_contiguous()}
-        called = lambda n: (self.root[n].name if self.root[n] in inputs else 'buf', self.nodes.index(self.root[n]))      # Inductor's names
-        self.reads = {n: sorted(_reads(n, self.sorts, self.lazy), key=called) for n in nodes if self.sorts[n] == 'point' and n not in self.lazy}
+        self.donated = {inputs[i] for i in donated}
 
     def __call__(self, args):
         "The graph's outputs."
@@ -151,7 +148,7 @@ class Program:
         for i, n in enumerate(self.nodes):
             if self.sorts[n] == 'output': return [known[a] if isinstance(a, torch.fx.Node) else a for a in n.args[0]]
             if n not in self.lazy: known[n] = self._run(n, i, known, own, given)
-            if n in known and (self.sorts[n] in ('extern', 'point', 'reduction') or n in self.flat and self.root[n] in own): own.add(n)
+            if self.sorts[n] in ('extern', 'point', 'reduction') and n in known: own.add(n)
             for dead in self.dying.get(i, ()): known.pop(dead, None)
 
     def _run(self, n, i, known, own, given):
@@ -168,8 +165,7 @@ class Program:
         old, new = known.get(a), n.meta['val']
         if a not in own or self.end[a] > i or not isinstance(old, torch.Tensor) or old.dtype != new.dtype: return False
         if old.untyped_storage().nbytes() != new.numel() * new.element_size(): return False
-        same = lambda m: [b for b in self.reads[m] if self.root[b] is self.root[a]]
-        if not self.flat.issuperset(same(n)) or any(map(same, self.kernel[n] - {n})): return False
+        if any(a in self.reads[m] for m in self.kernel[n] - {n}): return False
         return not any(_same_memory(known[o], old) and self.end[o] > i for o in known if o is not a)
 
 # %% ../../nbs/train/outline.ipynb #38bbae3c
