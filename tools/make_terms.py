@@ -48,7 +48,7 @@ def ledger(mode, layers, sizes):
     gc.collect()
     gc.disable()
     try:
-        with patch.object(witness, 'sum_bytes', lambda *_: 0): seen, _ = rehearse.rehearse(config, scene)      # no products of sizes; `fast_phases` adds them
+        with patch.object(witness, 'sum_bytes', lambda *_: 0): seen, _ = rehearse.rehearse(config, scene)      # no products of sizes; `estimate` adds them
         return Ledger(list(seen.book.events), list(seen.book.marks), dict(seen.book.kinds))
     finally: gc.enable()
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from .. import core
 from ..core import ConfigError
 from .levels import LEVELS
-from .weights import sum_bytes
 
 # %% ../../nbs/plan/fast.ipynb #d134d2c1
 FAMILIES = dict(llama='llama', mistral='llama', qwen2='qwen2', qwen3='qwen3', phi3='phi3', gemma3_text='gemma3')     # model_type -> family
@@ -156,7 +155,6 @@ def fast_phases(
     compiled: bool = True,  # layers are compiled
     chunk: int = 0,         # positions of the loss at a time; 0: as many as usual
     targets=(),             # names of adapted matrices; empty: all
-    card: str = 'hopper',   # a key of `weights.CARD_THREADS`
 ) -> dict:                  # phase -> part -> bytes, beyond what is there all the time
     "What every phase of a pass adds at its peak."
     number, n = _evaluator(sizes_of(shape, tokens, learned, lora_r), pv=0), shape.num_hidden_layers       # logits are counted by chunks
@@ -169,5 +167,4 @@ def fast_phases(
             here = everything if phase == 'loss' else held
             pairs = ((_moment(number(s), number(m), kept[level], n, here), chunk_bytes(s.get('pv', 0), *loss)) for s, m in mode[phase])
             found[phase] = max(found.get(phase, (0, 0)), max(pairs, key=sum), key=sum)
-    if 'dora' in method: found['backward'] = found['backward'][0] + sum_bytes(tokens, shape.intermediate_size, card), found['backward'][1]
     return {phase: dict(activations=round(most), logits_loss=round(logits)) for phase, (most, logits) in found.items()}

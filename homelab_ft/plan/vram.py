@@ -18,7 +18,7 @@ from .levels import LEVELS, choose_levels
 from .outside import pools_apart, process_bytes, step_gaps
 from .plain import plain_phases, working_bytes
 from .shape import ModelShape, model_shape
-from .weights import COMPUTE_BYTES, METHODS, OPTIMIZER_BYTES, WORKSPACE_BYTES, _check_choice, adapter_params, state_bytes, target_linears, trained_matrices, weight_bytes
+from .weights import COMPUTE_BYTES, METHODS, OPTIMIZER_BYTES, WORKSPACE_BYTES, _check_choice, adapter_params, state_bytes, sum_bytes, target_linears, trained_matrices, weight_bytes
 
 _all_ = ['ModelShape', 'model_shape', 'METHODS', 'OPTIMIZER_BYTES', 'adapter_params', 'target_linears', 'weight_bytes']    # also to be had from here
 
@@ -196,8 +196,8 @@ def estimate(
     why = _why_plain(shape, kind, dtype, padding_free, torch_compile)
     kept = _levels(shape.num_hidden_layers, levels, gradient_checkpointing, bool(why))
     lean, recorded, copies = method == 'full' and card != 'cpu' and not (shape.eager or full_logits), not why and 'offload' not in kept, not (why or use_dora or method == 'int8')
-    if why: extra = plain_phases(shape, method, batch_size, length, learned, trained, targets, lora_r, b, 'layer' in kept, gradient_accumulation_steps > 1, lean)
-    else: extra = fast_phases(shape, kind, kept, *padded(tokens, learned), lora_r, torch_compile, chunk, tuple(targets), card)
+    extra = plain_phases(shape, method, batch_size, length, learned, trained, targets, lora_r, b, 'layer' in kept, gradient_accumulation_steps > 1, lean) if why else fast_phases(shape, kind, kept, *padded(tokens, learned), lora_r, torch_compile, chunk, tuple(targets))
+    if use_dora and not why: extra['backward']['activations'] += sum_bytes(padded(tokens)[0], shape.intermediate_size, card)      # of its scales' gradients
     fixed = _fixed(shape, method, trained, double_quant, states, b, not why, copies, card)
     fixed['overhead'], gaps, apart = _overhead(shape, kind, matrices * (copies or bool(why and targets)), extra, kept, recorded, torch_compile, card, correction, lean, tokens if why else padded(tokens)[0], lora_r, targets)
     if 'collect' in extra: extra['collect'] |= dict(overhead=-apart)      # the pools of small blocks are full then
