@@ -1,5 +1,5 @@
 "plan.vram: what the closed form says against what PyTorch keeps and peaks at, on a processor with tiny models."
-import json, subprocess, sys, time, weakref
+import json, subprocess, sys, timeit, weakref
 from pathlib import Path
 
 import pytest
@@ -173,9 +173,7 @@ def test_more_never_costs_less(name, wishes, field):
 
 def test_fast():
     shape = SHAPES['Llama-3.1-70B']
-    start = time.perf_counter()
-    for _ in range(200): estimate(shape)
-    assert (time.perf_counter() - start) / 200 < 0.002
+    assert min(timeit.repeat(lambda: estimate(shape), number=20, repeat=10)) / 20 < 0.002     # seconds a call, on a machine that does other things too
 
 
 def test_no_torch():
