@@ -48,6 +48,7 @@ def no_values(data, dtype=torch.int64, device=None, **_):
 def stage(config, raw, layers, card, training):
     "A model without values, and who watches. After training no weight is trained any more, and what was tuned as a whole is in 16 bits."
     witness, mode, model = Witness(card), FakeTensorMode(), hollow_model(config, raw, layers) if config.method != 'full' or training else on_meta(model_config(raw, layers), getattr(torch, 'float32' if config.dtype == 'float32' else 'bfloat16'))
+    witness.expect_products(True)
     with mode, witness: fill(model, config)
     with ExitStack() as stack:
         FakeTensor.tolist = lambda t: [1] * t.shape[0]      # every token of an answer is this one

@@ -41,7 +41,7 @@ def chunk(config, limit_gib):
 def as_it_ran(row):
     "Settings and arguments of `trace`."
     paths = row['paths']
-    if not fast(row): return make_config(**row['settings'] | dict(padding_free=False)), dict(levels=paths['recompute'] or None, whole=True)
+    if not fast(row): return make_config(**row['settings'] | dict(padding_free=False)), dict(levels=paths['recompute'] or None, whole=True) | (dict(tried=True) if 'plain one' in paths['rows'] else {})
     config = make_config(**row['settings'] | ({} if paths['compile'] == 'on' else dict(torch_compile=False)))
     return config, dict(levels=paths['recompute'], tile=paths['tile'], chunk=chunk(config, row['limit_gib']))
 

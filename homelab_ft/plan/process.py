@@ -47,7 +47,8 @@ def lane_workspaces(
     book,                   # a `Ledger`
 ) -> int:
     "Bytes of the lane's own workspace."
-    return sum(n for n, number in book.events[:1] if book.kinds.get(number) == 'workspaces') // 2
+    ended = {number for n, number in book.events if n < 0}
+    return sum(n for n, number in book.events if n > 0 and number not in ended and book.kinds.get(number) == 'workspaces') // 2
 
 # %% ../../nbs/plan/process.ipynb #ed3488da
 def _gap(book, numbers) -> int:

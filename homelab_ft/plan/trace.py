@@ -143,6 +143,7 @@ def trace(
     table_away: bool = False,   # the embedding table is in host memory, if it is frozen and not the output head too
     held: int = 0,              # layers whose merged matrices are held, see `process.held_layers`
     correction: int = 0,        # bytes that this card takes beyond the usual, from `outside.correction_for`
+    tried: bool = False,        # padded rows, after rows end to end were tried and refused, as a run does unless `padding_free` is false
     whole: bool = False,        # trace all layers, for `events`, and for the gaps in `reserved` as they are
 ) -> MemoryTrace:
     "The memory of a run; `ConfigError` and `ModelError` for what cannot be, before the process is started."
@@ -150,13 +151,13 @@ def trace(
     _check_sizes(sizes, config.max_length, 1., per_device_train_batch_size=config.per_device_train_batch_size)
     counts = level_counts(config, sizes.num_hidden_layers, levels)
     _check_pass(config, shape, counts, tile, chunk)
-    tried = stand_ins(counts, whole or sizes.model_type in ALTERNATING)
-    common = dict(raw=_raw(config.model), shape=shape, tile=tile, chunk=chunk, gradients=gradients, even=even, card=card, host_bytes=host_bytes, table_away=table_away)
-    scenes = [common | dict(levels=[k for k, n in c.items() for _ in range(n)]) for c in tried]
+    few = stand_ins(counts, whole or sizes.model_type in ALTERNATING)
+    common = dict(raw=_raw(config.model), shape=shape, tile=tile, chunk=chunk, gradients=gradients, even=even, card=card, host_bytes=host_bytes, table_away=table_away, tried=tried)
+    scenes = [common | dict(levels=[k for k, n in c.items() for _ in range(n)]) for c in few]
     found = _ask(dict(config=config.model_dump(), scenes=scenes))
     recorded = card != 'cpu' and not table_away and _records(config, counts, found[0]['paths'])
     process = dict(recorded=recorded, held=held * merged_bytes(sizes, config.target_modules), card=card, correction=correction, eight_bits=config.method == 'int8')
-    return _result(found, counts, process, [sum(c.values()) for c in tried], began)
+    return _result(found, counts, process, [sum(c.values()) for c in few], began)
 
 # %% ../../nbs/plan/trace.ipynb #41820605
 def _records(config, counts, paths) -> bool:

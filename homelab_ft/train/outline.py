@@ -117,6 +117,12 @@ def by_kernel(
     return order, group
 
 # %% ../../nbs/train/outline.ipynb #e7500f4e
+def _roots(nodes, sorts) -> tuple:
+    "node -> the one whose memory it sees; and those that see all of that, in its order."
+    root = {}
+    for n in nodes: root[n] = root[n.all_input_nodes[0]] if sorts[n] == 'view' else n
+    return root, {n for n in nodes if sorts[n] != 'view' or _size(n) == _size(root[n]) and n.meta['val'].is_contiguous()}
+
 def _new(value):
     "Memory for a result, or for each of several."
     if isinstance(value, (tuple, list)): return tuple(map(_new, value))
@@ -137,9 +143,10 @@ class Program:
         self.nodes, self.kernel = by_kernel(nodes, self.sorts, self.lazy)
         self.end, self.dying = _last_reads(self.nodes, self.lazy), {}
         for n, i in self.end.items(): self.dying.setdefault(i, []).append(n)
-        self.reads = {n: _reads(n, self.sorts, self.lazy) for n in nodes if self.sorts[n] == 'point' and n not in self.lazy}
         inputs = [n for n in nodes if self.sorts[n] == 'placeholder']
-        self.donated = {inputs[i] for i in donated}
+        self.donated, (self.root, self.flat) = {inputs[i] for i in donated}, _roots(nodes, self.sorts)
+        called = lambda n: (self.root[n].name if self.root[n] in inputs else 'buf', self.nodes.index(self.root[n]))      # Inductor's names
+        self.reads = {n: sorted(_reads(n, self.sorts, self.lazy), key=called) for n in nodes if self.sorts[n] == 'point' and n not in self.lazy}
 
     def __call__(self, args):
         "The graph's outputs."
@@ -148,7 +155,7 @@ class Program:
         for i, n in enumerate(self.nodes):
             if self.sorts[n] == 'output': return [known[a] if isinstance(a, torch.fx.Node) else a for a in n.args[0]]
             if n not in self.lazy: known[n] = self._run(n, i, known, own, given)
-            if self.sorts[n] in ('extern', 'point', 'reduction') and n in known: own.add(n)
+            if n in known and (self.sorts[n] in ('extern', 'point', 'reduction') or n in self.flat and self.root[n] in own): own.add(n)
             for dead in self.dying.get(i, ()): known.pop(dead, None)
 
     def _run(self, n, i, known, own, given):
@@ -163,9 +170,9 @@ class Program:
     def _may_go(self, a, n, i, known, own) -> bool:
         "Whether a result may be written over this input: ours, of the same size and type, and read by nobody later, not even as a view, nor for another result of the kernel."
         old, new = known.get(a), n.meta['val']
-        if a not in own or self.end[a] > i or not isinstance(old, torch.Tensor) or old.dtype != new.dtype: return False
-        if old.untyped_storage().nbytes() != new.numel() * new.element_size(): return False
-        if any(a in self.reads[m] for m in self.kernel[n] - {n}): return False
+        if a not in own or self.end[a] > i or not isinstance(old, torch.Tensor) or old.dtype != new.dtype or old.untyped_storage().nbytes() != new.numel() * new.element_size(): return False
+        same = lambda m: [b for b in self.reads[m] if self.root[b] is self.root[a]]
+        if not self.flat.issuperset(same(n)) or any(map(same, self.kernel[n] - {n})): return False
         return not any(_same_memory(known[o], old) and self.end[o] > i for o in known if o is not a)
 
 # %% ../../nbs/train/outline.ipynb #38bbae3c

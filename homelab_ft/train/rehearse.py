@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
+from itertools import accumulate
 from multiprocessing import get_context
 from unittest.mock import patch
 
@@ -38,6 +39,7 @@ class Scene:
     chunk: int = 0              # positions of the loss at a time; 0: as the step chooses
     gradients: bool = True      # every pass finds gradients, as all but the first of a step do
     even: bool = True           # all rows are of one length; False: one is a token shorter
+    tried: bool = False         # padded rows, after rows end to end were tried
     card: str = 'hopper'        # a key of `weights.WORKSPACE_BYTES`
     host_bytes: int = 0         # host memory for results of attention
     table_away: bool = False    # the embedding table is in host memory
@@ -106,11 +108,6 @@ def _mark_phases(witness, model):
         if out[0].requires_grad: out[0].register_hook(lambda grad: witness.mark('backward'))
     decoder.register_forward_pre_hook(lambda *_: witness.mark('forward'))
     decoder.register_forward_hook(ends)
-
-# %% ../../nbs/train/rehearse.ipynb #b071b603
-def _name_weights(witness, model):
-    "Name weights with their constants, and adapters."
-    for name, p in model.named_parameters(): witness.tag([p], 'adapter' if 'lora_' in name else 'weights')
 
 # %% ../../nbs/train/rehearse.ipynb #94198e09
 def _name_gradients(witness, parameters):
@@ -203,6 +200,7 @@ def _name_copies(witness, copies):
 def _make_step(witness, model, config, scene):
     "The training step of a run, its parts named."
     why, again = why_padded(model, config, scene.card), scene.levels[0] == 'layer'
+    witness.expect_products(config.method == 'full' or not why or scene.tried)       # those are rehearsed on the card before their first step
     if config.method == 'full': return whole_step(model, again, config.label_smoothing_factor, lean=scene.card != 'cpu')
     if why: return engine.Rectangles(model, why, again, config.label_smoothing_factor)
     step = _flat(model, config, scene)
@@ -248,7 +246,7 @@ def rehearse(
     _mark_phases(witness, model)
     with ExitStack() as stack:
         for context in (*as_if_on_card(witness, scene.card), mode, witness): stack.enter_context(context)
-        _name_weights(witness, model)
+        for name, p in model.named_parameters(): witness.tag([p], 'adapter' if 'lora_' in name else 'weights')     # weights with their constants
         job = make_job(witness, model, config, scene)
         for witness.step in (1, 2):
             witness.mark('forward')
@@ -261,9 +259,8 @@ def told(
     job,                    # after a rehearsal
 ) -> dict:                  # for JSON
     "What a rehearsal has to say."
-    now, most = 0, 0
-    for n, _ in witness.host.events: now += n; most = max(most, now)
-    return dict(book=asdict(witness.book), host=most, paths=job.engine.paths)
+    host = max(accumulate(n for n, _ in witness.host.events), default=0)
+    return dict(book=asdict(witness.book), host=host, paths=job.engine.paths)
 
 # %% ../../nbs/train/rehearse.ipynb #3fc1ad80
 def _one(
