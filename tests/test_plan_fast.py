@@ -42,7 +42,7 @@ def test_what_is_there_before_a_step_is_counted_right(name, method):
     number = fast._evaluator(fast.sizes_of(shape, 1024, 1024))
     wanted = number(mode['rest'][0]) + (shape.num_hidden_layers - 2) * number(mode['rest'][1])
     if shape.tie_word_embeddings and shape.model_type != 'gemma3_text': wanted -= 2 * shape.vocab_size * shape.hidden_size
-    est = estimate(shape, method)
+    est = estimate(shape, method, card='ampere')      # as the toys
     assert est.weights + est.adapter + est.workspaces == pytest.approx(wanted, rel=2e-3)     # tables of a few kB for each matrix in 4 bits are left out
 
 

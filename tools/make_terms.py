@@ -43,7 +43,7 @@ def ledger(mode, layers, sizes):
     method, level, family, layers_are, *few = mode.split('/')
     config = make_config(model=FAMILIES[family], method=method.removeprefix('dora-'), use_dora='dora' in method, lora_r=sizes['r'], lora_alpha=32, max_length=sizes['n'], target_modules=few[0].split('+') if few else 'all-linear',
                          per_device_train_batch_size=sizes['b'], torch_compile=layers_are == 'compiled', padding_free=True)
-    scene = rehearse.Scene(raw=toy(family, layers, sizes), levels=[level] * layers, shape=(sizes['b'] * sizes['n'], sizes['p'], 8), gradients=False)
+    scene = rehearse.Scene(raw=toy(family, layers, sizes), levels=[level] * layers, shape=(sizes['b'] * sizes['n'], sizes['p'], 8), gradients=False, card='ampere')      # flash attention: every piece of memory is a product
     torch._dynamo.reset()
     gc.collect()
     gc.disable()

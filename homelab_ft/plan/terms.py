@@ -92,7 +92,7 @@ def paired(
 ) -> list:              # (sum with two layers, what one more layer adds)
     "Every moment with its counterpart; `ValueError` if the third layer does not fit in."
     partner = {0: 0} | {i + 1: j + 1 for i, j in _partners(_changes(two), _changes(three)).items()}
-    if len(partner) < 0.95 * len(two): raise ValueError(f'only {len(partner)} of {len(two)} moments happen with a third layer too')
+    if len(partner) < 0.9 * len(two): raise ValueError(f'only {len(partner)} of {len(two)} moments happen with a third layer too')
     return [(two[i], _grown(two[i], three[j])) for i, j in sorted(partner.items())]
 
 # %% ../../nbs/plan/terms.ipynb #2a979776
