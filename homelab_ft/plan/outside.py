@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['process_constants', 'library_bytes', 'process_bytes', 'probes_file', 'read_probes', 'correction_for', 'in_small',
-           'pools_apart', 'recorded_gaps', 'padded_gaps', 'whole_gaps', 'step_gaps']
+           'pools_apart', 'recorded_gaps', 'loss_hole', 'padded_gaps', 'whole_gaps', 'gap_rule', 'step_gaps']
 
 # %% ../../nbs/plan/outside.ipynb #cd02bf84
 import json, os
@@ -97,12 +97,26 @@ def recorded_gaps(
     logits: int,            # bytes of logits and loss at the peak
     wide: int,              # bytes of a layer's widest result in 16 bits; compiled, of an adapted matrix
     workspaces: int,        # bytes, of two threads; the lane has one
-    how: str,               # layers are compiled or eager; dora: eager, with scales
+    how: str,               # layers are compiled or eager; dora: eager, with scales; int8: compiled, on 8-bit weights
     eight_bits: bool = False,   # weights are in 8 bits, and layers keep everything
+    inputs: int = 0,        # bytes of the inputs of these layers
 ) -> int:
     "Reserved bytes beyond allocated ones where passes are recorded, by rule."
     c = process_constants()
-    return workspaces // 2 + apart + c[f'gaps_{how}'] + round(c[f'gaps_{how}_wide'] * wide + c[f'gaps_{how}_logits'] * logits) + c['gaps_eight_bits'] * eight_bits
+    found = workspaces // 2 + apart + c[f'gaps_{how}'] + round(c[f'gaps_{how}_wide'] * wide + c[f'gaps_{how}_logits'] * logits) + c['gaps_eight_bits'] * eight_bits
+    return found + round(c['gaps_int8_inputs'] * inputs) * (how == 'int8')
+
+# %% ../../nbs/plan/outside.ipynb #aeaa7a1f
+def loss_hole(
+    matrices: list,         # trained ones: (how many, values of each)
+    logits: int,            # bytes of logits and loss at the peak
+    states: float,          # bytes of the optimizer's states per value, in two tensors
+    accumulates: bool,      # gradients of an earlier pass are there
+) -> int:
+    "Bytes below the workspace that logits in 16 bits no longer fit into; 0 if nothing large has moved in."
+    large = lambda b: sum(n * size for n, size in matrices) - in_small(matrices, b)
+    stay = round(states * large(states / 2) + 4 * accumulates * large(4))
+    return max(0, logits // 6 - stay) if stay else 0
 
 # %% ../../nbs/plan/outside.ipynb #6218d6c3
 def padded_gaps(
@@ -111,12 +125,16 @@ def padded_gaps(
     wide: int,              # bytes of a layer's widest result in 16 bits
     again: bool,            # all layers are computed again
     accumulates: bool,      # gradients of an earlier pass are there
+    hole: int = 0,          # from `loss_hole`
+    behind: int = 0,        # bytes of tensors that the output head's backward pass has less than the highest moment
+    inputs: int = 0,        # bytes of all layers' inputs, where 16-bit weights and kept results lie between them
     capped: bool = False,   # logits are capped
 ) -> int:
-    "The same for padded rows."
+    "Reserved bytes beyond allocated ones for padded rows, by rule."
     c, trained = process_constants(), sum(n * size for n, size in matrices)
-    copies = again * (2 * trained + 2 * in_small(matrices, 4) * (not accumulates))
-    return c['gaps_plain'] + copies + round(c['gaps_plain_wide'] * wide + c['gaps_capped_share' if capped else 'gaps_plain_share'] * logits)
+    copies = again * max(0, 2 * trained + 2 * in_small(matrices, 4) * (not accumulates) - behind)
+    shares = dict(gaps_plain_again=again * wide, gaps_plain_wide=(not again) * wide, gaps_plain_inputs=inputs) | {'gaps_capped_share' if capped else 'gaps_plain_share': logits}
+    return c['gaps_plain'] + copies + hole + round(sum(c[name] * n for name, n in shares.items()))
 
 # %% ../../nbs/plan/outside.ipynb #6ce4ab8a
 def whole_gaps(
@@ -131,23 +149,43 @@ def whole_gaps(
     if again: return c['gaps_again'] + round(c['gaps_again_gradient'] * largest + c['gaps_again_wide'] * wide)
     return max(c['gaps_whole'], round(c['gaps_whole_gradients'] * gradients) - behind)
 
+# %% ../../nbs/plan/outside.ipynb #b1895b03
+def gap_rule(
+    method: str,            # full, lora, int8, qlora, dora-lora or dora-qlora
+    recorded: bool,         # passes are recorded
+    compiled: bool,         # layers are compiled
+    lean: bool = False,     # all weights learn, with the loss in place
+    tried: bool = False,    # rows were laid end to end before they were padded
+) -> str:                   # whole, padded, tried, compiled, int8, dora or eager
+    "Name of the rule."
+    if lean: return 'whole'
+    if not recorded: return 'tried' if tried else 'padded'
+    if compiled: return 'int8' if method == 'int8' else 'compiled'
+    return 'dora' if 'dora' in method else 'eager'
+
 # %% ../../nbs/plan/outside.ipynb #3cbbae08
 def step_gaps(
     shape,                  # the model, a `ModelShape`
-    kind: str,              # compiled, eager or dora (recorded passes), padded, whole
+    kind: str,              # from `gap_rule`
+    method: str,            # full, lora, int8 or qlora
     extra: dict,            # phase -> part -> bytes that a step adds
     tokens: int,            # of a pass
-    again: bool,            # layers are computed again
+    levels: dict,           # level -> layers
     matrices: list,         # trained ones: (how many, values of each)
     targets: dict,          # adapted matrices of a layer: name -> (inputs, outputs, has bias)
     apart: int,             # from `pools_apart`
     workspaces: int,        # bytes, of two threads
-    eight_bits: bool,       # weights are in 8 bits, and layers keep everything
+    states: float,          # bytes of the optimizer's states per trained value
 ) -> int:
     "Bytes of gaps in a step, by the rule of its kind."
-    linears, sums = (targets if kind == 'compiled' else shape.linears).values(), {name: sum(parts.values()) for name, parts in extra.items()}
-    logits, wide = max(parts.get('logits_loss', 0) for parts in extra.values()), 2 * tokens * max(o for _, o, _ in linears)
-    if kind == 'padded': return padded_gaps(matrices, logits, wide, again, bool(extra['loss'].get('gradients')), shape.eager)
-    if kind != 'whole': return recorded_gaps(apart, logits, wide, workspaces, kind, eight_bits)
+    linears, sums = (targets if kind in ('compiled', 'int8') else shape.linears).values(), {name: sum(parts.values()) for name, parts in extra.items()}
+    logits, wide, again = max(parts.get('logits_loss', 0) for parts in extra.values()), 2 * tokens * max(o for _, o, _ in linears), 'layer' in levels
+    inputs = 2 * tokens * shape.hidden_size * levels.get('keep', 0)
+    if kind in ('padded', 'tried'):
+        accumulates, dense = bool(extra['loss'].get('gradients')), method == 'lora' and not again
+        hole = 0 if kind == 'tried' or dense and 2 * wide >= workspaces // 2 else loss_hole(matrices, logits, states, accumulates)
+        behind = max(sums.values()) - sums.get('backward: head', max(sums.values()))
+        return padded_gaps(matrices, logits, wide, again, accumulates, hole, behind, dense * inputs, shape.eager)
+    if kind != 'whole': return recorded_gaps(apart, logits, wide, workspaces, kind, method == 'int8' and 'keep' in levels, inputs)
     largest, end = 4 * max(i * o for i, o, _ in linears), max(sums['backward: first layer'], sums['backward: embeddings'])
     return whole_gaps(again, largest, 4 * shape.num_hidden_layers * shape.linear_params, wide, max(sums.values()) - end)

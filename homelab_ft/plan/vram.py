@@ -15,7 +15,7 @@ from ..files import Table
 from .fast import _kind, chunk_for, fast_phases, kept_bytes, padded, why_no_terms
 from .later import LATER, later_phases, logits_bytes, together
 from .levels import LEVELS, choose_levels
-from .outside import pools_apart, process_bytes, step_gaps
+from .outside import gap_rule, pools_apart, process_bytes, step_gaps
 from .plain import plain_phases, working_bytes
 from .shape import ModelShape, model_shape
 from .weights import COMPUTE_BYTES, METHODS, OPTIMIZER_BYTES, WORKSPACE_BYTES, _check_choice, adapter_params, state_bytes, sum_bytes, target_linears, trained_matrices, weight_bytes
@@ -145,12 +145,12 @@ def _fixed(shape, method, trained, double_quant, states, b, fast, copies, card) 
     return found | dict(gradients=4 * trained) if fast else found
 
 # %% ../../nbs/plan/vram.ipynb #131f38fa
-def _overhead(shape, method, matrices, extra, levels, recorded, compiled, card, correction, lean=False, tokens=0, lora_r=0, targets={}) -> tuple:
+def _overhead(shape, method, matrices, extra, levels, recorded, compiled, card, correction, lean=False, tokens=0, lora_r=0, targets={}, states=0, tried=False) -> tuple:
     "Context, libraries and gaps; which of the gaps a full card gets back: those outside of recordings; and which are none when gradients are collected."
     if card == 'cpu': return ASSUMED_OVERHEAD, 0, 0
     apart = pools_apart(matrices, lora_r, tokens, (levels.get('keep', 0) + levels.get('mlp', 0)) / shape.num_hidden_layers)
-    kind = 'whole' if lean else 'padded' if not recorded else 'compiled' if compiled else 'dora' if 'dora' in method else 'eager'
-    gaps = step_gaps(shape, kind, extra, tokens, 'layer' in levels, matrices, targets, apart, WORKSPACE_BYTES[card], method == 'int8' and 'keep' in levels)
+    kind = gap_rule(method, recorded, compiled, lean, tried or 'offload' in levels)
+    gaps = step_gaps(shape, kind, method, extra, tokens, levels, matrices, targets, apart, WORKSPACE_BYTES[card], states)
     return process_bytes(gaps, levels, recorded, compiled, correction, method == 'int8'), gaps * (not recorded), recorded * (apart - 2 * sum(n * size for n, size in matrices))
 
 # %% ../../nbs/plan/vram.ipynb #649c2d02
@@ -159,8 +159,9 @@ def _between(shape, method, fixed, length, learned, new_tokens, trained, b, fast
     outside, *_ = _overhead(shape, method, [], dict(loss=dict(logits_loss=logits_bytes(shape, learned, b))), {}, False, False, card, correction)
     return later_phases(shape, method, fixed, outside, length, learned, new_tokens, trained, b, fast)
 
-def _all_phases(fixed: dict, staging: int, extra: dict, trained: int) -> dict:
+def _all_phases(fixed: dict, staging: int, extra: dict, trained: int, apart: int) -> dict:
     "Every phase of a step, with its parts."
+    if 'collect' in extra: extra['collect'] |= dict(overhead=-apart)      # the pools of small blocks are full then
     return {'load': dict.fromkeys(PARTS, 0) | dict(weights=fixed['weights'] + staging, overhead=fixed['overhead']), **{name: together(fixed, parts) for name, parts in extra.items()}, 'optimizer step': fixed | dict(gradients=4 * trained)}
 
 # %% ../../nbs/plan/vram.ipynb #39597856
@@ -186,6 +187,7 @@ def estimate(
     correction: int = 0,                     # bytes that this card takes beyond the usual, from `outside.correction_for`
     full_logits: bool = False,               # whole models: as with an odd output head
     use_dora: bool = False,                  # DoRA: each output's length is learned, too
+    tried: bool = False,                     # padded after a try without, as a run does if its gradients are wrong then
 ) -> MemoryEstimate:
     "Memory of a run as the maximum over the phases of its steps, and of what comes between and after them; `ConfigError` for what cannot be, `ModelError` for a mixture of experts."
     _check_sizes(shape, length, label_share, method=method, optim=optim, dtype=dtype, card=card, batch_size=batch_size, lora_r=lora_r, gradient_accumulation_steps=gradient_accumulation_steps, max_new_tokens=max_new_tokens)
@@ -199,9 +201,8 @@ def estimate(
     extra = plain_phases(shape, method, batch_size, length, learned, trained, targets, lora_r, b, 'layer' in kept, gradient_accumulation_steps > 1, lean) if why else fast_phases(shape, kind, kept, *padded(tokens, learned), lora_r, torch_compile, chunk, tuple(targets))
     if use_dora and not why: extra['backward']['activations'] += sum_bytes(padded(tokens)[0], shape.intermediate_size, card)      # of its scales' gradients
     fixed = _fixed(shape, method, trained, double_quant, states, b, not why, copies, card)
-    fixed['overhead'], gaps, apart = _overhead(shape, kind, matrices * (copies or bool(why and targets)), extra, kept, recorded, torch_compile, card, correction, lean, tokens if why else padded(tokens)[0], lora_r, targets)
-    if 'collect' in extra: extra['collect'] |= dict(overhead=-apart)      # the pools of small blocks are full then
-    phases = _all_phases(fixed, working_bytes(shape, method, 0, b), extra, trained) | _between(shape, method, fixed, length, round(length * label_share), max_new_tokens, trained, b, not why, card, correction)
+    fixed['overhead'], gaps, apart = _overhead(shape, kind, matrices * (copies or bool(why and targets)), extra, kept, recorded, torch_compile, card, correction, lean, tokens if why else padded(tokens)[0], lora_r, targets, states / trained, tried)
+    phases = _all_phases(fixed, working_bytes(shape, method, 0, b), extra, trained, apart) | _between(shape, method, fixed, length, round(length * label_share), max_new_tokens, trained, b, not why, card, correction)
     phase, told, host = max(phases, key=lambda name: sum(phases[name].values())), f'plain: {why}' if why else 'fast', host + kept.get('offload', 0) * b * tokens * shape.hidden_size
     return MemoryEstimate(**phases[phase], phase=phase, phases=phases, levels=kept, step=told, host=host, gaps=gaps)
 
