@@ -40,11 +40,15 @@ def draw(rng):
     return found | dict(use_dora=rng.random() < 0.15 and method != 'int8' and not compiled and targets == 'all-linear' and found['padding_free'] == 'auto')
 
 
+def plain(settings):
+    "Whether rows are padded."
+    return settings['method'] == 'full' or settings['padding_free'] is False or model_shape(settings['model']).model_type not in FAMILIES
+
+
 def draw_pass(rng, settings):
     "Levels and the share of learned positions, where rows lie end to end."
     n, tokens = model_shape(settings['model']).num_hidden_layers, settings['per_device_train_batch_size'] * settings['max_length']
-    padded_rows = settings['method'] == 'full' or settings['padding_free'] is False or model_shape(settings['model']).model_type not in FAMILIES
-    if settings['method'] == 'int8' or padded_rows or rng.random() < 0.5: return dict(levels=None, learned=None)
+    if settings['method'] == 'int8' or plain(settings) or rng.random() < 0.5: return dict(levels=None, learned=None)
     first, second = rng.choice([('keep', 'mlp'), ('mlp', 'layer')])
     k = rng.randrange(3, n - 2)
     size, learned = padded(tokens, rng.randrange(1, tokens))
@@ -61,11 +65,11 @@ def closed(row):
 
 
 def traced(settings, drawn):
-    "The same in a trace; whole models with all their layers, since their gaps depend on all."
+    "The same in a trace; where rows are padded, with all layers, since gaps depend on all."
     config = make_config(**settings)
     size, _ = padded(config.per_device_train_batch_size * config.max_length)
     shape = (size, min(size, drawn['learned']), max(8, config.per_device_train_batch_size + 4)) if drawn['learned'] else ()
-    found = trace(config, levels=drawn['levels'], shape=shape, whole=config.method == 'full')
+    found = trace(config, levels=drawn['levels'], shape=shape, whole=plain(settings))
     return dict(allocated=found.allocated, process=found.process, phase=found.phase, rows=found.paths['rows'], seconds=found.seconds)
 
 

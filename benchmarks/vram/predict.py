@@ -73,7 +73,7 @@ def repeated(row, est):
 def closed(row):
     "The three figures of the closed form; None where it has no terms for rows end to end."
     config, given = as_it_ran(row)
-    est = estimate(model_shape(config.model), **_wishes(config, 1.), levels=given['levels'], chunk=given.get('chunk', 0), full_logits='loss' not in row['paths'])
+    est = estimate(model_shape(config.model), **_wishes(config, 1.), levels=given['levels'], chunk=given.get('chunk', 0), full_logits='loss' not in row['paths'], tried=given.get('tried', False))
     if fast(row) and est.step != 'fast': return None
     more, compiled = repeated(row, est), config.torch_compile is not False
     first = first_pass(est) + more
