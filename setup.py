@@ -27,7 +27,7 @@ setup(
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers', 'Programming Language :: Python :: 3',
                  'Programming Language :: Python :: 3.11', 'Programming Language :: Python :: 3.12', 'Programming Language :: Python :: 3.13'],
     packages=find_packages(include=['homelab_ft', 'homelab_ft.*']),
-    package_data={'homelab_ft': ['assets/**/*', 'plan/*.yaml', 'plan/*.json']},
+    package_data={'homelab_ft': ['assets/**/*', '**/*.yaml', '**/*.json']},
     include_package_data=False,   # what package_data says, no more
     python_requires=f">={cfg['min_python']}",
     install_requires=words('requirements'),

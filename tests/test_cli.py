@@ -7,7 +7,7 @@ import pytest
 
 from homelab_ft.cli import main, make_parser
 from homelab_ft.core import embedded_model
-from homelab_ft.plan import hardware
+from homelab_ft.hardware import machine as hardware
 
 GOOD = 'subject,body,team\n' + ''.join(f'hello {i},the parcel number {i} is {w} late,{t}\n' for i, (w, t) in enumerate(
     [('very', 'delivery'), ('rather', 'delivery'), ('not', 'sales'), ('too', 'sales')] * 6))

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from homelab_ft.core import DataError, Example
-from homelab_ft.data import near
+from homelab_ft.data import dedup as near
 from homelab_ft.data.clean import CleaningReport, clean, fix_mojibake, strip_html
-from homelab_ft.data.layout import detect_layout, to_examples
+from homelab_ft.data.formats import detect_layout, to_examples
 from homelab_ft.data.load import load_rows
-from homelab_ft.data.near import jaccard, near_groups, normalise
-from homelab_ft.data.sample import make_tickets, planted_dirt
+from homelab_ft.data.dedup import jaccard, near_groups, normalise
+from homelab_ft.data.sample.tickets import make_tickets, planted_dirt
 
 SHARED = Path(__file__).resolve().parent.parent.parent / 'shared' / 'data'
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason='the shared data are not here')

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from homelab_ft.core import DataError, make_config
-from homelab_ft.data.layout import Layout, detect_layout, to_examples
+from homelab_ft.core import DataError
+from homelab_ft.config import make_config
+from homelab_ft.data.formats import Layout, detect_layout, to_examples
 from homelab_ft.data.load import load_rows
 
 SHARED = Path(__file__).resolve().parent.parent.parent / 'shared' / 'data'

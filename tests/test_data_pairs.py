@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings as tries, strategies as st
 
-from homelab_ft.core import DataError, make_config
-from homelab_ft.data.chat import load_tokenizer
-from homelab_ft.data.layout import detect_layout
-from homelab_ft.data.pairs import Pairs, answer_span
+from homelab_ft.core import DataError
+from homelab_ft.config import make_config
+from homelab_ft.data.chat_template import load_tokenizer
+from homelab_ft.data.formats import detect_layout
+from homelab_ft.data.preference import Pairs, answer_span
 from homelab_ft.data.prepare import PARTS, load_prepared, prepare
 from homelab_ft.data.split import leaks
 

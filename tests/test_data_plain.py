@@ -3,17 +3,18 @@ import json, random, shutil
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 
-from homelab_ft.core import DataError, ModelError, embedded_model, make_config
-from homelab_ft.data.chat import load_tokenizer
-from homelab_ft.data.layout import Layout, detect_layout
-from homelab_ft.data.plain import encode_text, end_ids, holds_text, is_text
+from homelab_ft.core import DataError, ModelError, embedded_model
+from homelab_ft.config import make_config
+from homelab_ft.data.chat_template import load_tokenizer
+from homelab_ft.data.formats import Layout, detect_layout
+from homelab_ft.data.plain_text import encode_text, end_ids, holds_text, is_text
 from homelab_ft.data.prepare import load_prepared, prepare
-from homelab_ft.deploy.serve import load_chat
+from homelab_ft.deploy.chat import load_chat
 from homelab_ft.evaluate.compare import load_evaluation
 from homelab_ft.evaluate.likelihood import row_nll
-from homelab_ft.journey import new_run, run_journey
+from homelab_ft.pipeline import new_run, run_journey
 from homelab_ft.train.lora import load_adapter
-from homelab_ft.train.quantize import load_base
+from homelab_ft.train.base_model import load_base
 
 TOK = load_tokenizer('embedded')
 PEOPLE, THINGS, PLACES = ['Ada', 'Ben', 'Cleo', 'Dan', 'Eve'], ['boiler', 'pump', 'valve', 'fan', 'meter'], ['cellar', 'attic', 'hall', 'yard', 'shed']

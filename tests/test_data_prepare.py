@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 import homelab_ft.data.prepare as room
-from homelab_ft.core import ConfigError, DataError, ModelError, make_config
-from homelab_ft.data.chat import encode, load_tokenizer, prompt_ids
+from homelab_ft.core import ConfigError, DataError, ModelError
+from homelab_ft.config import make_config
+from homelab_ft.data.chat_template import encode, load_tokenizer, prompt_ids
 from homelab_ft.data.prepare import PARTS, load_prepared, prepare
-from homelab_ft.data.sample import write_tickets
+from homelab_ft.data.sample.tickets import write_tickets
 from homelab_ft.data.split import leaks
 
 BANKING = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'classify' / 'banking77' / 'train.csv'
@@ -116,7 +117,7 @@ def test_a_swapped_cache_is_found(tmp_path):
 
 @pytest.mark.parametrize('calls', range(6))
 def test_a_crash_at_any_write_leaves_no_seal(tmp_path, monkeypatch, calls):
-    import homelab_ft.files as files
+    import homelab_ft.io as files
     config, done, replace = make_config(data=str(small(tmp_path))), [], files.os.replace
     def crash(a, b):
         if len(done) == calls: raise KeyboardInterrupt

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from homelab_ft.core import DataError
-from homelab_ft.data import sample
-from homelab_ft.data.sample import TEAMS, make_test_tickets, make_tickets, planted_dirt, write_tickets
-from homelab_ft.files import fingerprint
+from homelab_ft.data.sample import tickets as sample
+from homelab_ft.data.sample.tickets import TEAMS, make_test_tickets, make_tickets, planted_dirt, write_tickets
+from homelab_ft.io import fingerprint
 
 
 def test_the_tickets_are_these():
@@ -18,7 +18,7 @@ def test_the_tickets_are_these():
 
 
 def test_hash_seed_does_not_matter():
-    code = 'from homelab_ft.data.sample import make_tickets; from homelab_ft.files import fingerprint; print(fingerprint(make_tickets(100)))'
+    code = 'from homelab_ft.data.sample.tickets import make_tickets; from homelab_ft.io import fingerprint; print(fingerprint(make_tickets(100)))'
     runs = [subprocess.run([sys.executable, '-c', code], env=os.environ | {'PYTHONHASHSEED': s}, capture_output=True, text=True, check=True) for s in '12']
     assert runs[0].stdout == runs[1].stdout != ''
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings, strategies as st
 
 from homelab_ft.core import DataError, Example
 from homelab_ft.data.clean import clean
-from homelab_ft.data.layout import detect_layout, to_examples
+from homelab_ft.data.formats import detect_layout, to_examples
 from homelab_ft.data.load import load_rows
-from homelab_ft.data.near import normalise
+from homelab_ft.data.dedup import normalise
 from homelab_ft.data.split import check_labels, groups_of, halve, leaks, split
 
 SHARED = Path(__file__).resolve().parent.parent.parent / 'shared' / 'data'

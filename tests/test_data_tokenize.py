@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-import homelab_ft.files
+import homelab_ft.io
 from homelab_ft.core import DataError, Example
-from homelab_ft.data.chat import encode, load_tokenizer
+from homelab_ft.data.chat_template import encode, load_tokenizer
 from homelab_ft.data.tokenize import control_pattern, load_cache, make_cache, save_cache, take, tokenize_examples
 
 quick = settings(max_examples=40, deadline=None)
@@ -59,7 +59,7 @@ def test_another_safetensors_file_is_no_cache(tmp_path):
 def test_a_failed_write_leaves_the_old_cache(tmp_path, monkeypatch):
     path = save_cache(make_cache([([1], [1])], [1]), tmp_path / 'a.safetensors')
     def no_space(*_): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(homelab_ft.files.os, 'fsync', no_space)
+    monkeypatch.setattr(homelab_ft.io.os, 'fsync', no_space)
     with pytest.raises(OSError): save_cache(make_cache([([2], [1])], [2]), path)
     monkeypatch.undo()
     assert load_cache(path).rows.tolist() == [1] and [p.name for p in tmp_path.iterdir()] == ['a.safetensors']

@@ -2,14 +2,15 @@
 import copy, json, os, shutil
 import numpy as np, pytest, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from homelab_ft.core import DataError, HardwareError, RunError, embedded_model, make_config
-from homelab_ft.data.chat import load_tokenizer
+from homelab_ft.core import DataError, HardwareError, RunError, embedded_model
+from homelab_ft.config import make_config
+from homelab_ft.data.chat_template import load_tokenizer
 from homelab_ft.deploy import merge as merging
 from homelab_ft.deploy.merge import merge, parity, stored_dtype
-from homelab_ft.files import write_atomic
+from homelab_ft.io import write_atomic
 from homelab_ft.train.lora import attach_lora, load_adapter, save_adapter
-from homelab_ft.train.quantize import load_base
-from homelab_ft.train.watch import create_run
+from homelab_ft.train.base_model import load_base
+from homelab_ft.train.run_folder import create_run
 
 TALK = [{'role': 'user', 'content': 'Who goes there?'}, {'role': 'assistant', 'content': 'A friend.'}]
 IDS = torch.tensor([[0, 50, 60, 70, 80]])

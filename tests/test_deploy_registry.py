@@ -1,10 +1,11 @@
 "The registry on runs that lack something."
 import json
 import pytest
-from homelab_ft.core import RunError, make_config
+from homelab_ft.core import RunError
+from homelab_ft.config import make_config
 from homelab_ft.deploy.registry import entries, find, models, register
-from homelab_ft.files import write_atomic, write_json
-from homelab_ft.train.watch import create_run, log_event
+from homelab_ft.io import write_atomic, write_json
+from homelab_ft.train.run_folder import create_run, log_event
 
 def make_run(folder, name, gain=None, **settings):
     run = create_run(make_config(run_name=name, **settings), folder)

@@ -1,14 +1,15 @@
 "The same answers from the adapter and from the merged folder, and text that comes in pieces."
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from homelab_ft.core import DataError, ModelError, RunError, make_config
-from homelab_ft.data.chat import end_of_turn_ids, load_tokenizer, prompt_ids
+from homelab_ft.core import DataError, ModelError, RunError
+from homelab_ft.config import make_config
+from homelab_ft.data.chat_template import end_of_turn_ids, load_tokenizer, prompt_ids
 from homelab_ft.deploy.merge import merge
-from homelab_ft.deploy.serve import Chat, _pieces, load_chat
-from homelab_ft.evaluate.tasks import generate_greedy
+from homelab_ft.deploy.chat import Chat, _pieces, load_chat
+from homelab_ft.evaluate.inference import generate_greedy
 from homelab_ft.train.lora import attach_lora, save_adapter
-from homelab_ft.train.quantize import load_base
-from homelab_ft.train.watch import create_run
+from homelab_ft.train.base_model import load_base
+from homelab_ft.train.run_folder import create_run
 
 TOK = load_tokenizer('embedded')
 ASK = [{'role': 'user', 'content': 'Who goes there?'}]

@@ -1,15 +1,15 @@
 "From a prepared data folder to evaluation.json, with the layouts the notebook does not show."
 import json
 import numpy as np, pytest, torch
-from homelab_ft.core import make_config
-from homelab_ft.data.chat import encode, load_tokenizer
+from homelab_ft.config import make_config
+from homelab_ft.data.chat_template import encode, load_tokenizer
 from homelab_ft.data.tokenize import make_cache, save_cache
 from homelab_ft.evaluate.compare import Evaluation, Measure, compare, held_out_rows, load_evaluation
-from homelab_ft.evaluate.likelihood import MIN_ROWS
-from homelab_ft.files import write_atomic, write_json
+from homelab_ft.evaluate.bootstrap import MIN_ROWS
+from homelab_ft.io import write_atomic, write_json
 from homelab_ft.train.lora import attach_lora, save_adapter
-from homelab_ft.train.quantize import load_base
-from homelab_ft.train.watch import create_run
+from homelab_ft.train.base_model import load_base
+from homelab_ft.train.run_folder import create_run
 
 TALKS = [[{'role': 'user', 'content': f'Say {i}'}, {'role': 'assistant', 'content': f'{i} it is'}] for i in range(12)]
 

@@ -3,8 +3,9 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from homelab_ft.core import DataError
 from homelab_ft.data.tokenize import make_cache
-from homelab_ft.evaluate.likelihood import MIN_ROWS, Interval, paired_bootstrap, paired_bootstrap_accuracy, perplexity, row_nll
-from homelab_ft.train.quantize import load_base
+from homelab_ft.evaluate.bootstrap import MIN_ROWS, Interval, paired_bootstrap, paired_bootstrap_accuracy
+from homelab_ft.evaluate.likelihood import perplexity, row_nll
+from homelab_ft.train.base_model import load_base
 
 rows = st.lists(st.tuples(st.floats(0, 50), st.floats(0, 50), st.integers(1, 40)), min_size=MIN_ROWS, max_size=40)
 

@@ -4,8 +4,9 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from homelab_ft.core import DataError
-from homelab_ft.evaluate import tasks
-from homelab_ft.evaluate.tasks import accuracy, confusion_counts, exact_match, generate_greedy, label_logprobs, macro_f1
+from homelab_ft.evaluate import inference as tasks
+from homelab_ft.evaluate.metrics import accuracy, confusion_counts, exact_match, macro_f1
+from homelab_ft.evaluate.inference import generate_greedy, label_logprobs
 
 SHAPE = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
 KINDS = {'llama': (LlamaForCausalLM, LlamaConfig(**SHAPE)), 'qwen2': (Qwen2ForCausalLM, Qwen2Config(**SHAPE)),

@@ -72,7 +72,7 @@ def test_progress_bars_are_found_and_dropped():
 
 # ---------------------------------------------------------------- import graph
 
-GOOD_MODULES = {'homelab_ft.core': '', 'homelab_ft.plan.vram': 'from ..core import fmt_gib', 'homelab_ft.__init__': '__version__ = "1"'}
+GOOD_MODULES = {'homelab_ft.core': '', 'homelab_ft.plan.memory.estimate': 'from ..core import fmt_gib', 'homelab_ft.__init__': '__version__ = "1"'}
 
 
 def test_good_imports_pass(): assert house.check_imports(GOOD_MODULES) == []
@@ -81,14 +81,14 @@ def test_good_imports_pass(): assert house.check_imports(GOOD_MODULES) == []
 @pytest.mark.parametrize('statement', ['from ..core import x', 'from homelab_ft.core import x', 'from homelab_ft import core', 'from .. import core',
                                        'import homelab_ft.core', 'def f():\n    from ..core import x', 'try: import homelab_ft.core as c\nexcept ImportError: pass'])
 def test_every_kind_of_import_is_seen(statement):
-    graph = house.import_graph({'homelab_ft.core': '', 'homelab_ft.plan.vram': statement})
-    assert graph == {'homelab_ft.core': set(), 'homelab_ft.plan.vram': {'homelab_ft.core'}}
+    graph = house.import_graph({'homelab_ft.core': '', 'homelab_ft.plan.memory.estimate': statement})
+    assert graph == {'homelab_ft.core': set(), 'homelab_ft.plan.memory.estimate': {'homelab_ft.core'}}
 
 
 def test_bad_imports_are_found():
-    complains(house.check_imports({**GOOD_MODULES, 'homelab_ft.core': 'from .files import x', 'homelab_ft.files': 'def f(): from .core import y'}), 'cycle', 'homelab_ft.core ->')
+    complains(house.check_imports({**GOOD_MODULES, 'homelab_ft.core': 'from .files import x', 'homelab_ft.io': 'def f(): from .core import y'}), 'cycle', 'homelab_ft.core ->')
     complains(house.check_imports({**GOOD_MODULES, 'homelab_ft.core': 'def f(): from homelab_ft.plan import vram'}), 'cycle')
-    complains(house.check_imports({'homelab_ft.plan.cost': 'from ..train.run import x', 'homelab_ft.train.run': ''}), 'homelab_ft.plan.cost imports homelab_ft.train.run')
+    complains(house.check_imports({'homelab_ft.plan.cost': 'from ..train.run import x', 'homelab_ft.train.trainer': ''}), 'homelab_ft.plan.cost imports homelab_ft.train.trainer')
     complains(house.check_imports({**GOOD_MODULES, 'homelab_ft.extra.x': ''}), 'extra', 'no room')
     complains(house.check_imports({**GOOD_MODULES, 'homelab_ft.plan.__init__': 'from . import vram'}), '__init__')
     chain = {f'homelab_ft.plan.m{i}': f'from .m{i + 1} import x' for i in range(5)} | {'homelab_ft.plan.m5': ''}
@@ -174,7 +174,7 @@ def test_readme_rendering():
     picture = {'output_type': 'display_data', 'data': {'image/png': '', 'text/plain': '<Figure>'}}
     made = make_readme.render({'cells': [cell('# T\n\n[a](cli.ipynb) [b](../LICENSE) [c](https://x.y/z) [d](#e)', kind='markdown'), cell('#| hide\nsecret = 1'),
                                          cell('#| echo: false\nunseen()', stream('seen')), cell(['print(1)\n', 'print(2)'], stream(['1 \n']), stream('2'))]})
-    assert '[a](nbs/cli.ipynb) [b](LICENSE) [c](https://x.y/z) [d](#e)' in made
+    assert '[a](nbs/06_cli.ipynb) [b](LICENSE) [c](https://x.y/z) [d](#e)' in made
     assert 'secret' not in made and 'unseen' not in made and 'seen' in made
     assert made.endswith('```python\nprint(1)\nprint(2)\n```\n\n```text\n1\n2\n```\n')
     with pytest.raises(ValueError): make_readme.render({'cells': [cell('plot()', picture)]})
@@ -219,7 +219,7 @@ def test_sizes():
 SETTINGS = {'doc_path': '_docs', 'title': 'T', 'description': 'D', 'doc_host': 'https://a.b', 'doc_baseurl': '/c', 'git_url': 'https://g', 'branch': 'main'}
 SITE = '''project: {type: website, output-dir: _docs}
 website: {title: T, description: D, site-url: https://a.b/c, repo-url: https://g, repo-branch: main, sidebar: {contents: [index.ipynb, {section: Plan, contents: [plan/vram.ipynb]}]}}'''
-FILES = ['index.ipynb', 'plan/vram.ipynb']
+FILES = ['index.ipynb', 'plan/memory/07_estimate.ipynb']
 
 
 def test_good_site_passes(): assert house.check_site(SITE, FILES, SETTINGS) == []
@@ -231,7 +231,7 @@ def test_bad_sites_are_found():
     complains(house.check_site(SITE.replace('type: website', 'type: book'), FILES, SETTINGS), 'project.type')
     complains(house.check_site(SITE.replace('title: T', 'title: U'), FILES, SETTINGS), 'website.title')
     complains(house.check_site(SITE, FILES[:1], SETTINGS), 'plan/vram.ipynb, which does not exist')
-    complains(house.check_site(SITE, FILES + ['cli.ipynb'], SETTINGS), 'cli.ipynb is not in the sidebar')
+    complains(house.check_site(SITE, FILES + ['06_cli.ipynb'], SETTINGS), 'cli.ipynb is not in the sidebar')
     complains(house.check_site(SITE.replace('[plan/vram.ipynb]', '[plan/vram.ipynb, index.ipynb]'), FILES, SETTINGS), 'twice')
 
 
@@ -271,7 +271,7 @@ def test_constraints_are_exact_and_cover_what_is_required():
 
 def test_page_names_are_those_of_nbdev():
     from nbdev.doclinks import _nbpath2html
-    for name in ('00_core.ipynb', 'plan/vram.ipynb', 'tutorials/First.ipynb'): assert docs_preview.page_name(name) == _nbpath2html(Path(name)).as_posix()
+    for name in ('00_core.ipynb', 'plan/memory/07_estimate.ipynb', 'tutorials/First.ipynb'): assert docs_preview.page_name(name) == _nbpath2html(Path(name)).as_posix()
 
 
 def test_links_are_rewritten():

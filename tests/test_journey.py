@@ -9,8 +9,8 @@ import time
 import pytest
 
 from homelab_ft.core import HomelabError
-from homelab_ft.journey import new_run, quickstart_config, resume_journey, run_journey
-from homelab_ft.train.watch import RunFolder, events, history, status
+from homelab_ft.pipeline import new_run, quickstart_config, resume_journey, run_journey
+from homelab_ft.train.run_folder import RunFolder, events, history, status
 
 SMALL = dict(max_rows=160, max_steps=14, per_device_train_batch_size=4, save_steps=5, eval_steps=7, eval_max_rows=8, generate_max_rows=2, n_bootstrap=100)
 

@@ -12,9 +12,9 @@ from hypothesis import given, strategies as st
 
 import homelab_ft
 from homelab_ft.core import ConfigError, GiB, MiB
-from homelab_ft.plan import cards as C
+from homelab_ft.hardware import gpu_catalog as C
 
-FILE = Path(homelab_ft.__file__).parent / 'plan' / 'gpus.yaml'
+FILE = Path(homelab_ft.__file__).parent / 'hardware' / 'gpus.yaml'
 RAW = yaml.safe_load(FILE.read_text(encoding='utf-8'))
 WANTED = '''3060 | rtx-3080-10gb | rtx-3080-12gb | 3090 | 4060 Ti | 4070 Super | 4080 | 4090 | 5070 Ti | 5080 | 5090 | RTX 6000 Ada | RTX PRO 4500 Blackwell
     | RTX PRO 6000 Blackwell | T4 | L4 | A10G | L40S | A100 40 GB SXM | A100 80 GB SXM | H100 80 GB SXM | H200 | B200'''.split('|')
@@ -172,7 +172,7 @@ def test_the_file_comes_with_the_package():
 
 
 def test_light_to_import():
-    code = 'import sys, homelab_ft.plan.cards as c; c.find_card("4090"); sys.exit(any(m in sys.modules for m in ("torch", "numpy", "transformers")))'
+    code = 'import sys, homelab_ft.hardware.gpu_catalog as c; c.find_card("4090"); sys.exit(any(m in sys.modules for m in ("torch", "numpy", "transformers")))'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
 
 

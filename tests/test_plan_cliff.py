@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 torch = pytest.importorskip('torch')
 
-from homelab_ft.core import GiB, make_config
-from homelab_ft.plan.shape import model_shape
+from homelab_ft.core import GiB
+from homelab_ft.config import make_config
+from homelab_ft.plan.model_shape import model_shape
 
 FOLDER = Path(__file__).resolve().parent.parent / 'benchmarks' / 'vram'
 
@@ -53,8 +54,8 @@ def test_cases_differ_and_are_single_configurations(cliff, cases):
 
 
 def test_what_is_compared_is_the_process_less_context_and_libraries(cliff, cases):
-    from homelab_ft.plan.outside import process_bytes
-    from homelab_ft.plan.vram import estimate
+    from homelab_ft.plan.memory.overhead import process_bytes
+    from homelab_ft.plan.memory.estimate import estimate
     settings, limit = next((s, l) for s, l in cases if s['method'] == 'qlora' and not s['gradient_checkpointing'])
     est = estimate(model_shape(settings['model']), 'qlora', batch_size=settings['per_device_train_batch_size'], length=settings['max_length'], torch_compile=False)
     assert cliff.need(settings, limit)['reserved'] == est.peak - process_bytes(0, est.levels, True, False) > est.allocated
@@ -100,7 +101,7 @@ def test_a_step_that_was_not_as_planned_counts_for_nothing(cliff, cases, odd, i)
 def test_nothing_hides_a_card_that_is_full(cliff):
     "In a run a full card costs recordings; measured as `fixed`, it ends the steps."
     import measure
-    from homelab_ft.train.rows import Rows
+    from homelab_ft.train.engine.packed import Rows
     engine, tries = Rows.__new__(Rows), []
     def passes(cache, rows):
         tries.append(rows)

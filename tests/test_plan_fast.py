@@ -2,13 +2,14 @@
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from homelab_ft.core import ConfigError, make_config
-from homelab_ft.plan import fast
-from homelab_ft.plan.shape import known_shapes, model_shape
-from homelab_ft.plan.answer import about_step
-from homelab_ft.plan.vram import MemoryEstimate, estimate, estimate_for, fitted
-from homelab_ft.train.fit import Options
-from homelab_ft.train.packing import shape_of
+from homelab_ft.core import ConfigError
+from homelab_ft.config import make_config
+from homelab_ft.plan.memory import packed_step as fast
+from homelab_ft.plan.model_shape import known_shapes, model_shape
+from homelab_ft.plan.summary import about_step
+from homelab_ft.plan.memory.estimate import MemoryEstimate, estimate, estimate_for, fitted
+from homelab_ft.train.engine.memory_budget import Options
+from homelab_ft.train.engine.packing import shape_of
 
 SHAPES = known_shapes()
 COVERED = sorted(name for name, shape in SHAPES.items() if not fast.why_no_terms(shape, 'qlora'))
@@ -23,7 +24,7 @@ CASES = {'everything kept': (dict(model='Llama-3.1-8B', method='qlora', max_leng
 def test_the_closed_form_and_the_traced_mode_agree(case):
     "Within 2 %, as promised; in fact far less."
     pytest.importorskip('torch')
-    from homelab_ft.plan.trace import trace
+    from homelab_ft.plan.trace.trace import trace
     said, levels = CASES[case]
     config, shape = make_config(**said), model_shape(said['model'])
     traced = trace(config, levels)

@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from homelab_ft.core import ConfigError, GiB, HomelabError, ModelError, make_config
-from homelab_ft.plan.cards import find_card, limit_bytes, read_cards
-from homelab_ft.plan.explain import explain, remedies
-from homelab_ft.plan.fit import OPEN, Choice, choices_table, fit, settle
-from homelab_ft.plan.reach import _frontier, largest, length_batch_map, plot_map
-from homelab_ft.plan.shape import known_shapes, model_shape
-from homelab_ft.plan.speed import COUNTED, MEASURED, hours, operations_per_token, pairs_per_token, pass_seconds, tokens_per_second, why_no_speed
-from homelab_ft.plan.vram import METHODS, estimate, estimate_for, fitted
+from homelab_ft.core import ConfigError, GiB, HomelabError, ModelError
+from homelab_ft.config import make_config
+from homelab_ft.hardware.gpu_catalog import find_card, limit_bytes, read_cards
+from homelab_ft.plan.remedies import explain, remedies
+from homelab_ft.plan.autoconfigure import OPEN, Choice, choices_table, fit, settle
+from homelab_ft.plan.limits import _frontier, largest, length_batch_map, plot_map
+from homelab_ft.plan.model_shape import known_shapes, model_shape
+from homelab_ft.plan.throughput import COUNTED, MEASURED, hours, operations_per_token, pairs_per_token, pass_seconds, tokens_per_second, why_no_speed
+from homelab_ft.plan.memory.estimate import METHODS, estimate, estimate_for, fitted
 
 SHAPES = {name: known_shapes()[name] for name in ('SmolLM2-135M', 'Llama-3.2-1B', 'Qwen2.5-7B', 'Llama-3.1-8B', 'Phi-4')}
 shapes, gibs = st.sampled_from(sorted(SHAPES)), st.floats(2, 140)
@@ -217,7 +218,7 @@ def test_savings_are_differences_of_two_estimates(name, method, batch, length, g
 
 
 def test_nothing_of_this_loads_torch():
-    code = 'import sys, homelab_ft.plan.fit, homelab_ft.plan.reach, homelab_ft.plan.explain; print([m for m in ("torch", "transformers", "matplotlib") if m in sys.modules])'
+    code = 'import sys, homelab_ft.plan.autoconfigure, homelab_ft.plan.limits, homelab_ft.plan.remedies; print([m for m in ("torch", "transformers", "matplotlib") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
 
 
@@ -259,7 +260,7 @@ def test_pairs_and_processors_keep_their_settings():
 
 
 def test_a_card_of_this_machine_is_used(monkeypatch, tmp_path):
-    from homelab_ft.plan import fit as page
+    from homelab_ft.plan import autoconfigure as page
     from types import SimpleNamespace
     config = make_config(model='Llama-3.1-8B', max_length=2048)
     monkeypatch.setenv('HOMELAB_FT_PROBES', str(tmp_path / 'probes.json'))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from homelab_ft.core import HardwareError
-from homelab_ft.plan import hardware
+from homelab_ft.hardware import machine as hardware
 
 
 class NVML:
@@ -138,5 +138,5 @@ def test_nothing_left_behind(tmp_path):
 
 def test_no_torch():
     import subprocess
-    code = 'import sys, homelab_ft.plan.hardware as h; h.detect_machine(); sys.exit("torch" in sys.modules)'
+    code = 'import sys, homelab_ft.hardware.machine as h; h.detect_machine(); sys.exit("torch" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0

@@ -15,11 +15,11 @@ def latency(monkeypatch):
 
 def test_no_part_of_the_plan_loads_what_takes_seconds(latency):
     found = latency.in_new_process(f'import importlib, json, sys; [importlib.import_module(m) for m in {latency.MODULES}]; print(json.dumps([m for m in {latency.HEAVY} if m in sys.modules]))')
-    assert found == [] and {'homelab_ft.plan.vram', 'homelab_ft.plan.trace', 'homelab_ft.plan.fit'} <= set(latency.MODULES)
+    assert found == [] and {'homelab_ft.plan.memory.estimate', 'homelab_ft.plan.trace.trace', 'homelab_ft.plan.autoconfigure'} <= set(latency.MODULES)
 
 
 def test_what_comes_along_is_seen(latency):
-    assert latency.imported('homelab_ft.train.loss')[1] == ['torch']
+    assert latency.imported('homelab_ft.train.engine.ops.chunked_loss')[1] == ['torch']
     seen = latency.row('import x', [1.], 'ms', loaded=['torch'])
     assert not seen['kept'] and 'loads torch' in str(latency.table([seen]))
 

@@ -7,12 +7,13 @@ os.environ.setdefault('KINETO_LOG_LEVEL', '99')
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from homelab_ft.core import GiB, make_config
-from homelab_ft.plan import later
-from homelab_ft.plan.later import LATER, evaluation_bytes, generation_bytes, kv_cache_bytes, logits_bytes, merge_bytes
-from homelab_ft.plan.shape import known_shapes, model_shape
-from homelab_ft.plan.vram import PARTS, estimate, estimate_for, estimate_table, fitted, verdict
-from homelab_ft.plan.weights import METHODS, adapter_params, weight_bytes
+from homelab_ft.core import GiB
+from homelab_ft.config import make_config
+from homelab_ft.plan.memory import inference as later
+from homelab_ft.plan.memory.inference import LATER, evaluation_bytes, generation_bytes, kv_cache_bytes, logits_bytes, merge_bytes
+from homelab_ft.plan.model_shape import known_shapes, model_shape
+from homelab_ft.plan.memory.estimate import PARTS, estimate, estimate_for, estimate_table, fitted, verdict
+from homelab_ft.plan.memory.static import METHODS, adapter_params, weight_bytes
 
 torch = pytest.importorskip('torch')
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -71,8 +72,9 @@ def test_logits_come_in_slices(script):
 
 
 def test_plans_know_how_many_logits_there_are_at_a_time():
-    from homelab_ft.plan import plain
-    from homelab_ft.train import engine, loss
+    from homelab_ft.plan.memory import padded_step as plain
+    from homelab_ft.train.engine import padded as engine
+    from homelab_ft.train.engine.ops import chunked_loss as loss
     assert (later.SLICE, plain.LEAN_LOGITS, plain.AT_ONCE) == (engine.LOGITS_AT_ONCE, loss.LEAN_LOGITS, loss.AT_ONCE)
 
 
@@ -92,8 +94,8 @@ def test_the_kept_figures_are_todays():
 def test_a_rehearsed_evaluation_takes_what_a_real_one_does(script, method):
     from torch.profiler import ProfilerActivity, profile
     from transformers import AutoModelForCausalLM
-    from homelab_ft.train import engine
-    from homelab_ft.train.hollow import model_config
+    from homelab_ft.train.engine import padded as engine
+    from homelab_ft.plan.trace.fake_model import model_config
     from homelab_ft.train.lora import attach
     raw, config = dict(SIZES, model_type='llama'), make_config(method=method, per_device_train_batch_size=2, max_length=256, padding_free=False)
     model = AutoModelForCausalLM.from_config(model_config(raw), dtype=torch.float32 if method == 'full' else torch.bfloat16).requires_grad_(False)
@@ -134,7 +136,7 @@ def test_a_merge_holds_the_packed_weights_and_one_matrix(tmp_path, monkeypatch, 
     pytest.importorskip('bitsandbytes')
     from transformers.integrations import bitsandbytes as theirs
     from homelab_ft.deploy import merge
-    from homelab_ft.train.quantize import load_base
+    from homelab_ft.train.base_model import load_base
     shape, model, watch, most = model_shape('embedded'), load_base('embedded', method, 'bfloat16', 'cpu'), watcher(), []
     one_by_one = theirs.dequantize_and_replace
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, strategies as st
 
-from homelab_ft.plan import live as L
+from homelab_ft.hardware import gpu as L
 
 
 class Error(Exception): "What the stand-in raises."
@@ -130,5 +130,5 @@ def test_with_a_card(monkeypatch):
 
 
 def test_no_torch():
-    code = 'import sys, homelab_ft.plan.live as l; l.live_card(); sys.exit("torch" in sys.modules)'
+    code = 'import sys, homelab_ft.hardware.gpu as l; l.live_card(); sys.exit("torch" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from homelab_ft.core import ModelError
-from homelab_ft.plan.models import COLUMNS, KNOWN, MIXTURES, known_config
-from homelab_ft.plan.shape import ARCHITECTURES, known_shapes, model_shape, what_quantizes
-from homelab_ft.plan.plain import layer_bytes
-from homelab_ft.plan.vram import estimate
-from homelab_ft.plan.weights import adapter_params, weight_bytes
+from homelab_ft.plan.model_catalog import COLUMNS, KNOWN, MIXTURES, known_config
+from homelab_ft.plan.model_shape import ARCHITECTURES, known_shapes, model_shape, what_quantizes
+from homelab_ft.plan.memory.padded_step import layer_bytes
+from homelab_ft.plan.memory.estimate import estimate
+from homelab_ft.plan.memory.static import adapter_params, weight_bytes
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'configs'
 FILES = sorted(CONFIGS.glob('*.json'))
@@ -327,6 +327,6 @@ def test_fast():
 
 
 def test_no_torch():
-    code = ('import sys; from homelab_ft.plan.shape import model_shape, what_quantizes; what_quantizes(model_shape("Mixtral-8x7B")); '
+    code = ('import sys; from homelab_ft.plan.model_shape import model_shape, what_quantizes; what_quantizes(model_shape("Mixtral-8x7B")); '
             'print([m for m in ("torch", "transformers", "numpy", "huggingface_hub") if m in sys.modules])')
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'

@@ -4,17 +4,17 @@ import gc
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from homelab_ft.core import make_config
-from homelab_ft.plan import terms
-from homelab_ft.plan.ledger import Ledger
-from homelab_ft.plan.terms import largest, paired, phase_bytes, products, value
+from homelab_ft.config import make_config
+from homelab_ft.plan.trace import symbolic_terms as terms
+from homelab_ft.plan.trace.ledger import Ledger
+from homelab_ft.plan.trace.symbolic_terms import largest, paired, phase_bytes, products, value
 
 SIZES = dict(n=512, r=16, i=256)
 
 
 def rehearsed(level, layers, n, r, i):
     "The ledger of two steps of a small Llama, uncompiled."
-    rehearse = pytest.importorskip('homelab_ft.train.rehearse')
+    rehearse = pytest.importorskip('homelab_ft.plan.trace.dry_run')
     raw = dict(model_type='llama', hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64, intermediate_size=i, vocab_size=1024,
                num_hidden_layers=layers, max_position_embeddings=2**20)
     config = make_config(model='Llama-3.1-8B', method='lora', lora_r=r, max_length=n, per_device_train_batch_size=2, torch_compile=False, padding_free=True)

@@ -10,17 +10,18 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
-from homelab_ft.core import ConfigError, ModelError, RunError, embedded_model, make_config
-from homelab_ft.plan import trace as traces
-from homelab_ft.plan.allocator import replay
-from homelab_ft.plan.ledger import PARTS, Ledger, peaks
-from homelab_ft.plan.trace import all_peaks, stand_ins, trace
-from homelab_ft.train import steps
-from homelab_ft.train.hollow import fill, hollow_model, model_config
+from homelab_ft.core import ConfigError, ModelError, RunError, embedded_model
+from homelab_ft.config import make_config
+from homelab_ft.plan.trace import trace as traces
+from homelab_ft.plan.memory.caching_allocator import replay
+from homelab_ft.plan.trace.ledger import PARTS, Ledger, peaks
+from homelab_ft.plan.trace.trace import all_peaks, stand_ins, trace
+from homelab_ft.train import schedule as steps
+from homelab_ft.plan.trace.fake_model import fill, hollow_model, model_config
 from homelab_ft.train.lora import attach
-from homelab_ft.train.quantize import load_base, weight_bytes
-from homelab_ft.train.rehearse import Scene, answer, make_job, rehearse
-from homelab_ft.train.witness import Witness
+from homelab_ft.train.base_model import load_base, weight_bytes
+from homelab_ft.plan.trace.dry_run import Scene, answer, make_job, rehearse
+from homelab_ft.plan.trace.memory_tracer import Witness
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'configs'
 TINY = dict(model_type='llama', hidden_size=64, num_hidden_layers=5, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2,
@@ -195,7 +196,8 @@ def test_inputs_and_the_table_can_wait_in_host_memory():
 
 
 def test_replacements_are_undone():
-    from homelab_ft.train import engine, recompute, rows
+    from homelab_ft.train.engine import padded as engine, packed as rows
+    from homelab_ft.train.engine.ops import checkpointing as recompute
     before = engine._send, rows._sent, recompute.in_halves, steps.read_losses
     rehearse(make_config(per_device_train_batch_size=1, max_length=32), Scene(TINY | dict(num_hidden_layers=2), ['keep'] * 2, card='cpu'))
     assert before == (engine._send, rows._sent, recompute.in_halves, steps.read_losses)
@@ -205,7 +207,7 @@ def test_replacements_are_undone():
 
 
 def test_planning_imports_no_torch():
-    code = 'import sys, homelab_ft.plan.trace, homelab_ft.plan.allocator; sys.exit("torch" in sys.modules)'
+    code = 'import sys, homelab_ft.plan.trace.trace, homelab_ft.plan.memory.caching_allocator; sys.exit("torch" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from homelab_ft.plan.shape import known_shapes, model_shape
-from homelab_ft.plan.plain import layer_bytes
-from homelab_ft.plan.vram import PARTS, estimate, plot_estimate
-from homelab_ft.plan.weights import METHODS, OPTIMIZER_BYTES, adapter_params, target_linears, weight_bytes
+from homelab_ft.plan.model_shape import known_shapes, model_shape
+from homelab_ft.plan.memory.padded_step import layer_bytes
+from homelab_ft.plan.memory.estimate import PARTS, estimate, plot_estimate
+from homelab_ft.plan.memory.static import METHODS, OPTIMIZER_BYTES, adapter_params, target_linears, weight_bytes
 
 VRAM = Path(__file__).resolve().parent.parent / 'benchmarks' / 'vram'
 HIDDEN, VOCAB, BATCH, LENGTH, RANK = 256, 512, 3, 64, 8
@@ -177,7 +177,7 @@ def test_fast():
 
 
 def test_no_torch():
-    code = 'import sys; from homelab_ft.plan.vram import estimate, model_shape; estimate(model_shape("Llama-3.1-8B")); print([m for m in ("torch", "transformers", "matplotlib") if m in sys.modules])'
+    code = 'import sys; from homelab_ft.plan.memory.estimate import estimate, model_shape; estimate(model_shape("Llama-3.1-8B")); print([m for m in ("torch", "transformers", "matplotlib") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
 
 

@@ -10,11 +10,11 @@ from transformers import (AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM,
                           Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen3Config,
                           Qwen3ForCausalLM)
 
-from homelab_ft.train import attention
-from homelab_ft.train.attention import (GROUPED, NAME, attend, even_attention, fastest_kernel, masked_attention, row_mask, use_rows, varlen_attention,
-                                        why_stock_attention)
-from homelab_ft.train.engine import accumulate, collate, mean_nll
-from homelab_ft.train.packing import flat_batch, shape_of
+from homelab_ft.train.engine.ops import varlen_attention as attention
+from homelab_ft.train.engine.ops.varlen_attention import GROUPED, NAME, attend, even_attention, fastest_kernel, masked_attention, row_mask, use_rows, varlen_attention, why_stock_attention
+from homelab_ft.train.engine.padded import accumulate, mean_nll
+from homelab_ft.train.engine.batching import collate
+from homelab_ft.train.engine.packing import flat_batch, shape_of
 
 SMALL = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
 FAMILIES = {'llama': (LlamaConfig, LlamaForCausalLM, {}), 'qwen3': (Qwen3Config, Qwen3ForCausalLM, dict(head_dim=8)),

@@ -11,12 +11,12 @@ from hypothesis import given, settings, strategies as st
 from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
                           NanoChatConfig, NanoChatForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
-from homelab_ft.core import make_config
-from homelab_ft.train import engine
-from homelab_ft.train.engine import (ONE_ROW, accumulate, batch_order, collate, count_labels, decoder_and_head, in_batches, label_nll, mean_nll, odd_parts,
-                                     padding_share, precision)
+from homelab_ft.config import make_config
+from homelab_ft.train.engine import padded as engine
+from homelab_ft.train.engine.batching import ONE_ROW, batch_order, collate, in_batches, padding_share
+from homelab_ft.train.engine.padded import accumulate, count_labels, decoder_and_head, label_nll, mean_nll, odd_parts, precision
 from homelab_ft.train.lora import attach_lora
-from homelab_ft.train.quantize import load_base, memory_advice
+from homelab_ft.train.base_model import load_base, memory_advice
 
 SMALL = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
 FAMILIES = {'llama': (LlamaConfig, LlamaForCausalLM, dict(tie_word_embeddings=True)), 'qwen3': (Qwen3Config, Qwen3ForCausalLM, dict(head_dim=8)),

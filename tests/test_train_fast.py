@@ -7,18 +7,20 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from homelab_ft.core import ConfigError, HardwareError, make_config
+from homelab_ft.core import ConfigError, HardwareError
+from homelab_ft.config import make_config
 from homelab_ft.data.tokenize import make_cache, save_cache
-from homelab_ft.files import read_jsonl
-from homelab_ft.train import fast, fit, run as training, steps
-from homelab_ft.train.engine import Rectangles
-from homelab_ft.train.fast import prepare
-from homelab_ft.train.fit import Options
+from homelab_ft.io import read_jsonl
+from homelab_ft.train.engine import autotune as fast, memory_budget as fit
+from homelab_ft.train import trainer as training, schedule as steps
+from homelab_ft.train.engine.padded import Rectangles
+from homelab_ft.train.engine.autotune import prepare
+from homelab_ft.train.engine.memory_budget import Options
 from homelab_ft.train.lora import attach_lora
-from homelab_ft.train.loss import chunk_rows
-from homelab_ft.train.quantize import load_base
-from homelab_ft.train.rows import Rows
-from homelab_ft.train.watch import create_run, status
+from homelab_ft.train.engine.ops.chunked_loss import chunk_rows
+from homelab_ft.train.base_model import load_base
+from homelab_ft.train.engine.packed import Rows
+from homelab_ft.train.run_folder import create_run, status
 
 SIZES = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 MODELS = {'llama': lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), 'qwen3': lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),

@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from homelab_ft.train import fit
+from homelab_ft.train.engine import memory_budget as fit
 
 COST = dict(keep=94, mlp=37, layer=8, offload=1)        # bytes that a layer keeps on the pretended card
 

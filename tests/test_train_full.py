@@ -4,23 +4,25 @@ import pytest, torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from homelab_ft.core import ConfigError, HardwareError, make_config
-from homelab_ft.data.chat import load_tokenizer
+from homelab_ft.core import ConfigError, HardwareError
+from homelab_ft.config import make_config
+from homelab_ft.data.chat_template import load_tokenizer
 from homelab_ft.data.tokenize import load_cache
-from homelab_ft.deploy.serve import load_chat
+from homelab_ft.deploy.chat import load_chat
 from homelab_ft.evaluate.compare import held_out_rows, load_evaluation
 from homelab_ft.evaluate.likelihood import row_nll
-from homelab_ft.journey import check_inputs, new_run, plan_run, quickstart_config, resume_journey, run_journey
+from homelab_ft.pipeline import check_inputs, new_run, plan_run, quickstart_config, resume_journey, run_journey
 from homelab_ft.train.checkpoint import checkpoints
-from homelab_ft.train.engine import Rectangles, label_nll, collate
-from homelab_ft.plan.trace import trace
-from homelab_ft.train.full import all_weights, fill_folder, load_full
-from homelab_ft.train.loss import chunk_rows
+from homelab_ft.train.engine.padded import Rectangles, label_nll
+from homelab_ft.train.engine.batching import collate
+from homelab_ft.plan.trace.trace import trace
+from homelab_ft.train.full_finetuning import all_weights, fill_folder, load_full
+from homelab_ft.train.engine.ops.chunked_loss import chunk_rows
 from homelab_ft.train.lora import attach, load_adapter, set_adapter
-from homelab_ft.train.quantize import load_base
-from homelab_ft.train.run import _engine
-from homelab_ft.train.watch import RunFolder, events, history, status
-from homelab_ft.train.whole import Whole, whole_step
+from homelab_ft.train.base_model import load_base
+from homelab_ft.train.trainer import _engine
+from homelab_ft.train.run_folder import RunFolder, events, history, status
+from homelab_ft.train.engine.full import Whole, whole_step
 
 SMALL = dict(method='full', learning_rate=5e-4, max_rows=160, max_steps=12, per_device_train_batch_size=4, save_steps=4, eval_steps=6,
              eval_max_rows=16, generate_max_rows=4, n_bootstrap=100, save_total_limit=1)
@@ -89,7 +91,7 @@ def test_one_can_talk_to_it(whole):
 def test_killed_and_continued_with_the_same_numbers(whole, tmp_path):
     config = quickstart_config(tmp_path, **SMALL, run_name='killed', runs_dir=str(tmp_path / 'runs'))
     run = new_run(config, say=lambda line: None)
-    process = subprocess.Popen([sys.executable, '-P', '-m', 'homelab_ft.train.run', str(run.path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, '-P', '-m', 'homelab_ft.train.trainer', str(run.path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 120
     while len(losses(run)) < 6 and time.monotonic() < end: time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
@@ -127,7 +129,7 @@ def whole_gradient(model, cache, lean, **how):
 @pytest.mark.parametrize('tied', [True, False])
 @pytest.mark.parametrize('how', [{}, dict(label_smoothing=0.1), dict(checkpointing=True)], ids=str)
 def test_parity_of_the_loss_in_chunks_where_all_weights_learn(whole, tied, how, monkeypatch):
-    monkeypatch.setattr('homelab_ft.train.loss.LEAN_LOGITS', 1)      # the smallest chunks there are
+    monkeypatch.setattr('homelab_ft.train.engine.ops.chunked_loss.LEAN_LOGITS', 1)      # the smallest chunks there are
     cache, model = load_cache(whole.data_path / 'train.safetensors'), attach(load_base('embedded', 'full'), make_config(method='full'))
     if not tied: model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.1)
     (loss, n, wanted), (chunked, m, found) = (whole_gradient(model, cache, lean, **how) for lean in (False, True))

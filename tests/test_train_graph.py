@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from homelab_ft.train import graph as module
-from homelab_ft.train.graph import StepGraph, why_not_replay
-from homelab_ft.train.recompute import Recompute
-from homelab_ft.train.shelf import Offloaded
+from homelab_ft.train.engine.ops import cuda_graph as module
+from homelab_ft.train.engine.ops.cuda_graph import StepGraph, why_not_replay
+from homelab_ft.train.engine.ops.checkpointing import Recompute
+from homelab_ft.train.engine.ops.offload import Offloaded
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no card')
 TYPES = [torch.int64, torch.int32, torch.float32]

@@ -12,8 +12,8 @@ import bitsandbytes as bnb
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from homelab_ft.train import linear
-from homelab_ft.train.linear import dense_weight, frozen_tensors, fuse, lora_linear, lora_linear_backward, unfuse, why_stock
+from homelab_ft.train.engine.ops import fused_lora as linear
+from homelab_ft.train.engine.ops.fused_lora import dense_weight, frozen_tensors, fuse, lora_linear, lora_linear_backward, unfuse, why_stock
 
 KINDS = [('', False), ('nf4', False), ('nf4', True), ('fp4', False), ('fp4', True)]
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no card')

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from homelab_ft.train.loss import ChunkedLoss, chunk_loss, chunk_rows, chunked_loss
+from homelab_ft.train.engine.ops.chunked_loss import ChunkedLoss, chunk_loss, chunk_rows, chunked_loss
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no card')
 

@@ -9,21 +9,22 @@ from peft.optimizers import create_loraplus_optimizer
 from transformers import (AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config,
                           Qwen3ForCausalLM, get_scheduler)
 
-from homelab_ft.core import ConfigError, HardwareError, dump_config, make_config
+from homelab_ft.core import ConfigError, HardwareError
+from homelab_ft.config import dump_config, make_config
 from homelab_ft.data.tokenize import make_cache, save_cache
-from homelab_ft.files import append_jsonl, read_jsonl
-from homelab_ft.train import run as training
-from homelab_ft.train.engine import Rectangles, mean_nll
-from homelab_ft.train.fast import prepare
-from homelab_ft.train.fit import Options
-from homelab_ft.train.graph import StepGraph
+from homelab_ft.io import append_jsonl, read_jsonl
+from homelab_ft.train import trainer as training
+from homelab_ft.train.engine.padded import Rectangles, mean_nll
+from homelab_ft.train.engine.autotune import prepare
+from homelab_ft.train.engine.memory_budget import Options
+from homelab_ft.train.engine.ops.cuda_graph import StepGraph
 from homelab_ft.train.lora import attach_lora, load_adapter, recommended, save_adapter
-from homelab_ft.train.noise import add_noise, row_lengths, silenced
-from homelab_ft.train.packing import flat_batch, shape_of
-from homelab_ft.train.quantize import check_machine, load_base
-from homelab_ft.train.rows import Rows
-from homelab_ft.train.steps import make_optimizer, rate_factor, warmup_length
-from homelab_ft.train.watch import create_run, status
+from homelab_ft.train.engine.ops.neftune import add_noise, row_lengths, silenced
+from homelab_ft.train.engine.packing import flat_batch, shape_of
+from homelab_ft.train.base_model import check_machine, load_base
+from homelab_ft.train.engine.packed import Rows
+from homelab_ft.train.schedule import make_optimizer, rate_factor, warmup_length
+from homelab_ft.train.run_folder import create_run, status
 
 SIZES = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 IDS = torch.arange(24).reshape(2, 12) + 20

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from homelab_ft.train.engine import accumulate, collate
-from homelab_ft.train.packing import flat_batch, pack_order, round_up, shape_of, split_rows
+from homelab_ft.train.engine.padded import accumulate
+from homelab_ft.train.engine.batching import collate
+from homelab_ft.train.engine.packing import flat_batch, pack_order, round_up, shape_of, split_rows
 
 KEYS = ['input_ids', 'position_ids', 'cu_seqlens', 'at', 'targets', 'weights']
 

@@ -9,19 +9,20 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from homelab_ft.core import ConfigError, DataError, make_config
-from homelab_ft.data.chat import load_tokenizer
-from homelab_ft.data.pairs import Pairs
-from homelab_ft.data.sample import make_tickets
+from homelab_ft.core import ConfigError, DataError
+from homelab_ft.config import make_config
+from homelab_ft.data.chat_template import load_tokenizer
+from homelab_ft.data.preference import Pairs
+from homelab_ft.data.sample.tickets import make_tickets
 from homelab_ft.data.tokenize import make_cache, save_cache
 from homelab_ft.evaluate.compare import load_evaluation
-from homelab_ft.journey import new_run as journey_run, run_journey
-from homelab_ft.train import run as training
+from homelab_ft.pipeline import new_run as journey_run, run_journey
+from homelab_ft.train import trainer as training
 from homelab_ft.train.lora import adapter_tensors, attach_lora, set_adapter
-from homelab_ft.train.preference import dpo_loss, pair_logps, preference_engine
-from homelab_ft.train.process import start
-from homelab_ft.train.quantize import load_base
-from homelab_ft.train.watch import create_run, history, status
+from homelab_ft.train.dpo import dpo_loss, pair_logps, preference_engine
+from homelab_ft.train.launcher import start
+from homelab_ft.train.base_model import load_base
+from homelab_ft.train.run_folder import create_run, history, status
 
 pytest.importorskip('trl', reason='needs TRL: pip install -e ".[dpo]"')
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings, strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from homelab_ft.train import recompute
-from homelab_ft.train.recompute import LEVELS, Recompute, Tiled, ask_gradient, in_halves, restore
-from homelab_ft.train.shelf import Offloaded, Shelf
+from homelab_ft.train.engine.ops import checkpointing as recompute
+from homelab_ft.train.engine.ops.checkpointing import LEVELS, Recompute, Tiled, ask_gradient, in_halves, restore
+from homelab_ft.train.engine.ops.offload import Offloaded, Shelf
 
 MIXTURE = ['keep', 'mlp', 'layer', 'offload']
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no card')

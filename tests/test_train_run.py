@@ -12,15 +12,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from homelab_ft.core import HomelabError, RunError, make_config
+from homelab_ft.core import HomelabError, RunError
+from homelab_ft.config import make_config
 from homelab_ft.data.tokenize import make_cache, save_cache
-from homelab_ft.files import append_jsonl, read_jsonl
-from homelab_ft.train import checkpoint, run as training, steps, watch
-from homelab_ft.train.process import follow, start
-from homelab_ft.train.watch import create_run, events, history, send, status
+from homelab_ft.io import append_jsonl, read_jsonl
+from homelab_ft.train import checkpoint, trainer as training, schedule as steps, run_folder as watch
+from homelab_ft.train.launcher import follow, start
+from homelab_ft.train.run_folder import create_run, events, history, send, status
 
 FORKS = multiprocessing.get_context('forkserver')      # children start with the heavy imports done
-FORKS.set_forkserver_preload(['torch', 'transformers.models.llama.modeling_llama', 'peft', 'homelab_ft.train.run'])
+FORKS.set_forkserver_preload(['torch', 'transformers.models.llama.modeling_llama', 'peft', 'homelab_ft.train.trainer'])
 
 
 pytestmark = pytest.mark.usefixtures('one_thread')

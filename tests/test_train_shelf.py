@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from homelab_ft.train.recompute import Recompute
-from homelab_ft.train.shelf import PIECE, Offloaded, Shelf, _dense, _pieces
+from homelab_ft.train.engine.ops.checkpointing import Recompute
+from homelab_ft.train.engine.ops.offload import PIECE, Offloaded, Shelf, _dense, _pieces
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no card')
 
@@ -147,7 +147,7 @@ def test_an_offloaded_tensor_comes_back_to_the_last_bit_though_its_place_is_used
 @cuda
 @pytest.mark.parametrize('kind', ['FLASH_ATTENTION', 'CUDNN_ATTENTION', 'EFFICIENT_ATTENTION', 'varlen'])
 def test_parity_of_remembered_attention_on_a_card(kind):
-    from homelab_ft.train import attention as ours
+    from homelab_ft.train.engine.ops import varlen_attention as ours
     x = torch.randn(512, 4, 64, device='cuda', dtype=torch.bfloat16)
     cu = torch.tensor([0, 200, 512], dtype=torch.int32, device='cuda')
 

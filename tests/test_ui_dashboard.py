@@ -5,8 +5,8 @@ import xml.etree.ElementTree as ET
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from homelab_ft.core import RunConfig
-from homelab_ft.train.watch import RunStatus, create_run, history, log_event, log_metrics, pending_commands, status
+from homelab_ft.config import RunConfig
+from homelab_ft.train.run_folder import RunStatus, create_run, history, log_event, log_metrics, pending_commands, status
 from homelab_ft.ui import dashboard as ui
 
 

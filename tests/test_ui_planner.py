@@ -8,13 +8,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from homelab_ft.core import GiB
-from homelab_ft.plan.explain import explain
-from homelab_ft.plan.models import MIXTURES
-from homelab_ft.plan.reach import _frontier, length_batch_map
-from homelab_ft.plan.vram import PARTS, METHODS, estimate, fitted, model_shape
+from homelab_ft.plan.remedies import explain
+from homelab_ft.plan.model_catalog import MIXTURES
+from homelab_ft.plan.limits import _frontier, length_batch_map
+from homelab_ft.plan.memory.estimate import PARTS, METHODS, estimate, fitted, model_shape
 from homelab_ft.ui import planner
-from homelab_ft.ui.planner import (CHOICES, PlannerState, bar_svg, card_bytes, heat_color, map_html, map_svg, map_words, planner_estimate, planner_html,
-                                   planner_map, planner_widget, ways_html)
+from homelab_ft.ui.planner import CHOICES, PlannerState, bar_svg, card_bytes, heat_color, map_html, map_svg, map_words, planner_estimate, planner_html, planner_map, planner_widget, ways_html
 
 STATES = st.builds(PlannerState, **{name: st.sampled_from([o for o in options if o != 'embedded']) for name, options in CHOICES.items()})
 
@@ -145,7 +144,7 @@ def test_the_line_parts_what_fits(rows, columns, data):
 
 def test_both_pictures_take_the_same_peaks():
     from matplotlib.figure import Figure
-    from homelab_ft.plan.reach import plot_map
+    from homelab_ft.plan.limits import plot_map
     lengths, batches, peaks = planner_map(PlannerState())
     ax = plot_map(peaks, card_bytes('rtx-4090'), lengths, batches, ax=Figure().subplots())
     shown = [t.text for t in svg_of(map_html(PlannerState())).iter('text')]

@@ -113,7 +113,7 @@ MAX_DEPTH = 4
 
 
 def module_sources(root):
-    "`{'homelab_ft.plan.vram': text}` of every module that a notebook made; `_modidx` is nbdev's."
+    "`{'homelab_ft.plan.memory.estimate': text}` of every module that a notebook made; `_modidx` is nbdev's."
     package = Path(root) / PACKAGE
     name = lambda p: '.'.join(p.relative_to(package.parent).with_suffix('').parts)
     return {name(p): p.read_text(encoding='utf-8') for p in sorted(package.rglob('*.py')) if p.name != '_modidx.py'}

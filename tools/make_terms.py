@@ -1,4 +1,4 @@
-"""Make homelab_ft/plan/terms_*.json, what the closed form of the fast step knows: python tools/make_terms.py [METHOD/LEVEL/FAMILY/LAYERS[/TARGETS] ...]
+"""Make homelab_ft/plan/memory/terms_*.json, what the closed form of the fast step knows: python tools/make_terms.py [METHOD/LEVEL/FAMILY/LAYERS[/TARGETS] ...]
 There is a file for each method, one for modes with targets, those where not all matrices are adapted, and one for DoRA.
 
 Every mode is a toy with two layers, rehearsed with each of its sizes doubled, and again with a third layer (see the page on terms).
@@ -10,13 +10,13 @@ from unittest.mock import patch
 
 import torch
 from tqdm.auto import tqdm
-from homelab_ft.core import make_config
-from homelab_ft.files import write_atomic
-from homelab_ft.plan import terms
-from homelab_ft.plan.ledger import Ledger
-from homelab_ft.plan.models import known_config
-from homelab_ft.train import rehearse, witness
-from homelab_ft.train.watch import versions
+from homelab_ft.config import make_config
+from homelab_ft.io import write_atomic
+from homelab_ft.plan.trace import symbolic_terms as terms
+from homelab_ft.plan.trace.ledger import Ledger
+from homelab_ft.plan.model_catalog import known_config
+from homelab_ft.plan.trace import dry_run as rehearse, memory_tracer as witness
+from homelab_ft.train.run_folder import versions
 
 PLAN = Path(__file__).resolve().parents[1] / 'homelab_ft/plan'
 FAMILIES = dict(llama='Llama-3.1-8B', qwen3='Qwen3-8B', qwen2='Qwen2.5-7B', phi3='Phi-3-mini', gemma3='gemma-3-1b')    # a model of each

@@ -9,15 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm.auto import tqdm
-from homelab_ft.core import make_config
-from homelab_ft.files import Table, now, write_json
-from homelab_ft.plan.fast import FAMILIES, padded
-from homelab_ft.plan.later import LATER
-from homelab_ft.plan.models import KNOWN
-from homelab_ft.plan.shape import model_shape
-from homelab_ft.plan.trace import ALTERNATING, trace
-from homelab_ft.plan.vram import _wishes, estimate
-from homelab_ft.train.watch import versions
+from homelab_ft.config import make_config
+from homelab_ft.table import Table
+from homelab_ft.io import now, write_json
+from homelab_ft.plan.memory.packed_step import FAMILIES, padded
+from homelab_ft.plan.memory.inference import LATER
+from homelab_ft.plan.model_catalog import KNOWN
+from homelab_ft.plan.model_shape import model_shape
+from homelab_ft.plan.trace.trace import ALTERNATING, trace
+from homelab_ft.plan.memory.estimate import _wishes, estimate
+from homelab_ft.train.run_folder import versions
 
 HERE = Path(__file__).resolve().parent
 SLOW = 5e9      # parameters; larger models of `ALTERNATING` are not drawn

@@ -15,11 +15,13 @@ from pathlib import Path
 from statistics import median
 
 from homelab_ft import plan
-from homelab_ft.core import GB, make_config
-from homelab_ft.files import Table, now, write_json
-from homelab_ft.plan.hardware import detect_machine
-from homelab_ft.plan.shape import model_shape
-from homelab_ft.plan.vram import estimate, fitted
+from homelab_ft.core import GB
+from homelab_ft.config import make_config
+from homelab_ft.table import Table
+from homelab_ft.io import now, write_json
+from homelab_ft.hardware.machine import detect_machine
+from homelab_ft.plan.model_shape import model_shape
+from homelab_ft.plan.memory.estimate import estimate, fitted
 
 HERE = Path(__file__).resolve().parent
 HEAVY = ('torch', 'transformers', 'peft', 'bitsandbytes', 'datasets', 'matplotlib')
@@ -46,7 +48,7 @@ def imported(module):
 
 def first_call():
     "Seconds of the first estimate in a new interpreter, which reads the data file."
-    return in_new_process('import json, time; from homelab_ft.plan.vram import estimate, model_shape; s = model_shape("Llama-3.1-8B"); '
+    return in_new_process('import json, time; from homelab_ft.plan.memory.estimate import estimate, model_shape; s = model_shape("Llama-3.1-8B"); '
                           't = time.perf_counter(); estimate(s); print(json.dumps(time.perf_counter() - t))')
 
 
@@ -93,7 +95,7 @@ def redraws(repeats):
 
 def traced(model, length, levels=None):
     "{seconds, processor seconds, most bytes of the process that rehearsed} of a trace of one row in 4 bits; in an interpreter that traces nothing else."
-    from homelab_ft.plan.trace import trace
+    from homelab_ft.plan.trace.trace import trace
     began = time.perf_counter()
     trace(make_config(model=model, method='qlora', max_length=length, per_device_train_batch_size=1), levels)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -142,7 +144,7 @@ def table(rows):
 def main(repeats='5'):
     machine, rows = detect_machine(), []
     for found in (quick_rows(int(repeats)), trace_rows()): rows += found
-    versions = in_new_process('import json; from homelab_ft.train.watch import versions; print(json.dumps(versions()))')
+    versions = in_new_process('import json; from homelab_ft.train.run_folder import versions; print(json.dumps(versions()))')
     write_json(HERE / 'latency.json', dict(date=now()[:10], machine=f'{machine.cpu_name}, {machine.cpu_count} cores', versions=versions, command=f'python latency.py {repeats}', rows=rows))
     print(table(rows))
     return not all(r['kept'] for r in rows)

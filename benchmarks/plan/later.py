@@ -15,18 +15,20 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from transformers import masking_utils
 
-from homelab_ft.core import make_config
-from homelab_ft.deploy import serve
-from homelab_ft.evaluate import likelihood, tasks
-from homelab_ft.files import Table, now, write_json
-from homelab_ft.plan import later
-from homelab_ft.plan.models import known_config
-from homelab_ft.plan.shape import model_shape
-from homelab_ft.plan.weights import adapter_params
-from homelab_ft.train import engine, rehearse
-from homelab_ft.train.hollow import fill, hollow_model, model_config, on_meta
-from homelab_ft.train.packing import RandomRows
-from homelab_ft.train.witness import Witness
+from homelab_ft.config import make_config
+from homelab_ft.deploy import chat as serve
+from homelab_ft.evaluate import likelihood, inference as tasks
+from homelab_ft.table import Table
+from homelab_ft.io import now, write_json
+from homelab_ft.plan.memory import inference as later
+from homelab_ft.plan.model_catalog import known_config
+from homelab_ft.plan.model_shape import model_shape
+from homelab_ft.plan.memory.static import adapter_params
+from homelab_ft.train.engine import padded as engine
+from homelab_ft.plan.trace import dry_run as rehearse
+from homelab_ft.plan.trace.fake_model import fill, hollow_model, model_config, on_meta
+from homelab_ft.train.engine.packing import RandomRows
+from homelab_ft.plan.trace.memory_tracer import Witness
 
 HERE = Path(__file__).resolve().parent
 MODELS = ('Llama-3.2-1B', 'Llama-3.1-8B', 'Qwen2.5-7B')

@@ -5,11 +5,12 @@ Measured are the peaks of one pass without the optimizer's states, from ../train
 import json, sys
 from pathlib import Path
 
-from homelab_ft.core import make_config
-from homelab_ft.files import Table, now, write_json
-from homelab_ft.plan.trace import trace
-from homelab_ft.plan.vram import adapter_params
-from homelab_ft.plan.shape import model_shape
+from homelab_ft.config import make_config
+from homelab_ft.table import Table
+from homelab_ft.io import now, write_json
+from homelab_ft.plan.trace.trace import trace
+from homelab_ft.plan.memory.estimate import adapter_params
+from homelab_ft.plan.model_shape import model_shape
 
 HERE = Path(__file__).resolve().parent
 SHAPES = {('full', 2): (4096, 4096, 8), ('full', 8): (16384, 16384, 16), ('real', 1): (2048, 1408, 24), ('real', 2): (4096, 2688, 32),

@@ -7,11 +7,12 @@ from contextlib import ExitStack
 from unittest.mock import patch
 
 import torch
-from homelab_ft.core import make_config
-from homelab_ft.train import attention, fast, linear, loss
-from homelab_ft.train.engine import Rectangles
+from homelab_ft.config import make_config
+from homelab_ft.train.engine.ops import varlen_attention as attention, fused_lora as linear, chunked_loss as loss
+from homelab_ft.train.engine import autotune as fast
+from homelab_ft.train.engine.padded import Rectangles
 from homelab_ft.train.lora import attach_lora
-from homelab_ft.train.quantize import load_base
+from homelab_ft.train.base_model import load_base
 from ours import measure, packed_steps
 from workload import LENGTH, Data, limit_card, say
 

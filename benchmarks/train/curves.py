@@ -6,12 +6,12 @@ import json, platform, sys, tempfile, time
 from pathlib import Path
 
 import torch
-from homelab_ft.core import make_config
-from homelab_ft.data.sample import write_tickets
-from homelab_ft.files import read_jsonl
-from homelab_ft.journey import new_run
-from homelab_ft.train.run import train
-from homelab_ft.train.watch import versions
+from homelab_ft.config import make_config
+from homelab_ft.data.sample.tickets import write_tickets
+from homelab_ft.io import read_jsonl
+from homelab_ft.pipeline import new_run
+from homelab_ft.train.trainer import train
+from homelab_ft.train.run_folder import versions
 
 CASES = {'plain': dict(padding_free=False, gradient_checkpointing=False), 'rows end to end': dict(padding_free=True, gradient_checkpointing=False),
          'rows, every layer recomputed': dict(padding_free=True, gradient_checkpointing=True)}

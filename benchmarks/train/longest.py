@@ -10,12 +10,13 @@ import resource, sys, time
 
 import numpy as np
 import torch
-from homelab_ft.core import make_config
-from homelab_ft.train import fast, loss, recompute
+from homelab_ft.config import make_config
+from homelab_ft.train.engine import autotune as fast
+from homelab_ft.train.engine.ops import chunked_loss as loss, checkpointing as recompute
 from homelab_ft.train.lora import attach_lora
-from homelab_ft.train.quantize import load_base
-from homelab_ft.train.rows import Rows
-from homelab_ft.train.shelf import Shelf
+from homelab_ft.train.base_model import load_base
+from homelab_ft.train.engine.packed import Rows
+from homelab_ft.train.engine.ops.offload import Shelf
 from workload import fail, limit_card, say
 
 GIB, RANK, GRAIN = 2**30, 32, 1024

@@ -5,7 +5,7 @@ One line of JSON per case: milliseconds, MiB beside what was there before, and h
 import sys, time
 
 import torch
-from homelab_ft.train import loss
+from homelab_ft.train.engine.ops import chunked_loss as loss
 from workload import say
 
 CASES = [(4096, 128256, 4096), (2048, 128256, 4096), (4096, 32768, 8192)]      # hidden size, vocabulary, positions

@@ -2,10 +2,10 @@
 import sys
 
 import torch
-from homelab_ft.core import make_config
-from homelab_ft.train import fast, packing
+from homelab_ft.config import make_config
+from homelab_ft.train.engine import autotune as fast, packing
 from homelab_ft.train.lora import attach_lora
-from homelab_ft.train.quantize import load_base
+from homelab_ft.train.base_model import load_base
 from workload import LENGTH, Data, Meter, fail, limit_card, say
 
 

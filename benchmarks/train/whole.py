@@ -7,9 +7,10 @@ from statistics import median
 
 import torch
 
-from homelab_ft.core import make_config
-from homelab_ft.plan.models import known_config
-from homelab_ft.train import probe, steps
+from homelab_ft.config import make_config
+from homelab_ft.plan.model_catalog import known_config
+from homelab_ft.plan import probe
+from homelab_ft.train import schedule as steps
 
 CASES = (dict(model='SmolLM2-135M', per_device_train_batch_size=8, max_length=1024, gradient_checkpointing=False),
          dict(model='Qwen3-0.6B', per_device_train_batch_size=2, max_length=2048, gradient_checkpointing=False, optim='adamw_8bit'),

@@ -24,10 +24,12 @@ from itertools import product
 from pathlib import Path
 from threading import Semaphore
 
-from homelab_ft.core import GiB, make_config
-from homelab_ft.files import Table, now, write_json
-from homelab_ft.plan.shape import model_shape
-from homelab_ft.plan.vram import _wishes, estimate
+from homelab_ft.core import GiB
+from homelab_ft.config import make_config
+from homelab_ft.table import Table
+from homelab_ft.io import now, write_json
+from homelab_ft.plan.model_shape import model_shape
+from homelab_ft.plan.memory.estimate import _wishes, estimate
 
 import matrix
 from predict import reserved_bytes, tensors

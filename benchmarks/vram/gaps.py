@@ -15,13 +15,15 @@ from unittest.mock import patch
 import numpy as np
 from tqdm.auto import tqdm
 
-from homelab_ft.core import MiB, make_config
-from homelab_ft.files import Table, now, write_json
-from homelab_ft.plan.outside import process_constants
-from homelab_ft.plan.shape import model_shape
-from homelab_ft.plan.trace import trace
-from homelab_ft.plan.vram import _wishes, estimate
-from homelab_ft.train.watch import versions
+from homelab_ft.core import MiB
+from homelab_ft.config import make_config
+from homelab_ft.table import Table
+from homelab_ft.io import now, write_json
+from homelab_ft.plan.memory.overhead import process_constants
+from homelab_ft.plan.model_shape import model_shape
+from homelab_ft.plan.trace.trace import trace
+from homelab_ft.plan.memory.estimate import _wishes, estimate
+from homelab_ft.train.run_folder import versions
 
 from predict import reserved_bytes, tensors
 

@@ -1,11 +1,11 @@
-"""Constants of homelab_ft/plan/process.yaml from the rows of measured.json that are not held back: python libraries.py. Prints them, and what is left over."""
+"""Constants of homelab_ft/plan/memory/process.yaml from the rows of measured.json that are not held back: python libraries.py. Prints them, and what is left over."""
 import json
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
-from homelab_ft.plan.outside import process_constants
+from homelab_ft.plan.memory.overhead import process_constants
 from traces import fast, key
 
 HERE = Path(__file__).resolve().parent

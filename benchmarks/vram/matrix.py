@@ -7,10 +7,10 @@ import json, os, random, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from homelab_ft.core import make_config
-from homelab_ft.files import read_jsonl, write_json
-from homelab_ft.plan.shape import model_shape
-from homelab_ft.plan.vram import estimate_for
+from homelab_ft.config import make_config
+from homelab_ft.io import read_jsonl, write_json
+from homelab_ft.plan.model_shape import model_shape
+from homelab_ft.plan.memory.estimate import estimate_for
 
 HERE = Path(__file__).resolve().parent
 SECONDS = 170       # a process may take

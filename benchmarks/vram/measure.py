@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from homelab_ft.core import make_config
-from homelab_ft.plan.models import known_config
-from homelab_ft.train import steps
-from homelab_ft.train.probe import STEPS, probe_job
-from homelab_ft.train.watch import versions
+from homelab_ft.config import make_config
+from homelab_ft.plan.model_catalog import known_config
+from homelab_ft.train import schedule as steps
+from homelab_ft.plan.probe import STEPS, probe_job
+from homelab_ft.train.run_folder import versions
 
 LOCK = Path(tempfile.gettempdir()) / 'homelab_ft_context.lock'
 

@@ -11,11 +11,11 @@ import json, subprocess, sys
 from importlib.metadata import version
 from pathlib import Path
 
-from homelab_ft.core import make_config
-from homelab_ft.files import write_json
-from homelab_ft.plan.models import known_config
-from homelab_ft.plan.shape import model_shape
-from homelab_ft.train.hollow import model_config
+from homelab_ft.config import make_config
+from homelab_ft.io import write_json
+from homelab_ft.plan.model_catalog import known_config
+from homelab_ft.plan.model_shape import model_shape
+from homelab_ft.plan.trace.fake_model import model_config
 
 from traces import trained
 

@@ -9,14 +9,16 @@ import json
 from pathlib import Path
 from statistics import median
 
-from homelab_ft.core import GiB, make_config
-from homelab_ft.files import Table, now, write_json
-from homelab_ft.plan.fast import PASS_GRAIN, padded
-from homelab_ft.plan.later import LATER
-from homelab_ft.plan.outside import process_bytes
-from homelab_ft.plan.process import held_layers, merged_bytes
-from homelab_ft.plan.shape import model_shape
-from homelab_ft.plan.vram import _wishes, estimate
+from homelab_ft.core import GiB
+from homelab_ft.config import make_config
+from homelab_ft.table import Table
+from homelab_ft.io import now, write_json
+from homelab_ft.plan.memory.packed_step import PASS_GRAIN, padded
+from homelab_ft.plan.memory.inference import LATER
+from homelab_ft.plan.memory.overhead import process_bytes
+from homelab_ft.plan.trace.memory_pools import held_layers, merged_bytes
+from homelab_ft.plan.model_shape import model_shape
+from homelab_ft.plan.memory.estimate import _wishes, estimate
 
 from traces import as_it_ran, fast, key, trained
 

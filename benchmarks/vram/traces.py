@@ -7,11 +7,12 @@ import json, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from homelab_ft.core import GiB, make_config
-from homelab_ft.files import write_json
-from homelab_ft.plan.shape import model_shape
-from homelab_ft.plan.trace import trace
-from homelab_ft.plan.vram import adapter_params, weight_bytes
+from homelab_ft.core import GiB
+from homelab_ft.config import make_config
+from homelab_ft.io import write_json
+from homelab_ft.plan.model_shape import model_shape
+from homelab_ft.plan.trace.trace import trace
+from homelab_ft.plan.memory.estimate import adapter_params, weight_bytes
 
 HERE = Path(__file__).resolve().parent
 KEPT = ('allocated', 'phase', 'parts', 'phases', 'first_pass', 'reserved', 'process', 'recorded', 'host', 'layers', 'paths', 'seconds')    # of a `MemoryTrace`
@@ -32,7 +33,7 @@ def chunk(config, limit_gib):
     "Positions of the loss at a time on a card with a limit, as `rows.fit_loss` takes them; 0: as many as usual."
     if not limit_gib: return 0
     shape, n = model_shape(config.model), trained(config)
-    from homelab_ft.train.loss import chunk_rows
+    from homelab_ft.train.engine.ops.chunked_loss import chunk_rows
     states = (2 if '8bit' in config.optim else 8) * n
     room = 0.96 * limit_gib * GiB - states - weight_bytes(shape, config.method, 2, config.bnb_4bit_use_double_quant) - 10 * n
     return min(chunk_rows(shape.vocab_size), chunk_rows(shape.vocab_size, int(room) // (4 * 16)))
