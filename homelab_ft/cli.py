@@ -60,8 +60,8 @@ def _cmd_run(
 ):
     "The whole journey on the person's own data and model."
     from homelab_ft.pipeline import resume_journey, run_journey
-    from homelab_ft.plan.autoconfigure import settle
-    _print_end(resume_journey(open_run(args.resume, args.runs_dir or 'runs')) if args.resume else run_journey(read_settings(args), settle=settle))
+    from homelab_ft.plan.autoconfigure import autoconfigure
+    _print_end(resume_journey(open_run(args.resume, args.runs_dir or 'runs')) if args.resume else run_journey(read_settings(args), autoconfigure=autoconfigure))
 
 # %% ../nbs/06_cli.ipynb #c8ce6014
 def _print_trace(
@@ -103,7 +103,7 @@ def _cmd_plan(
     "Predict memory, and with --pilot time, energy and cost; exit code 3 if it does not fit."
     from homelab_ft.plan.model_shape import model_shape
     from homelab_ft.plan.summary import plan_json, plan_text, planned_card
-    from homelab_ft.plan.autoconfigure import settle
+    from homelab_ft.plan.autoconfigure import autoconfigure
     from homelab_ft.plan.memory.overhead import correction_for
     from homelab_ft.plan.memory.estimate import estimate_for
     config = read_settings(args)
@@ -111,7 +111,7 @@ def _cmd_plan(
     if config.device == 'auto': config.device = device
     if args.fit: return _print_fit(config, card or limit)
     correction = correction_for(name)
-    config, choice = settle(config, None, limit, correction)
+    config, choice = autoconfigure(config, None, limit, correction)
     if correction: about.append(f'Corrected by a probe of this card: {correction / 2**20:+.0f} MiB.')
     if choice: about.append(f'Chosen, as a run would: {choice}')
     if args.probe: return _probe(config)
@@ -142,8 +142,8 @@ def _cmd_train(
 ):
     "Prepare and train, or continue; no evaluation."
     from homelab_ft.pipeline import new_run, train_here
-    from homelab_ft.plan.autoconfigure import settle
-    run = open_run(args.resume, args.runs_dir or 'runs') if args.resume else new_run(read_settings(args), settle=settle)
+    from homelab_ft.plan.autoconfigure import autoconfigure
+    run = open_run(args.resume, args.runs_dir or 'runs') if args.resume else new_run(read_settings(args), autoconfigure=autoconfigure)
     print(train_here(run, resume=bool(args.resume)))
     print(f'result  {run.adapter_path}\nnext    homelab-ft run --resume {run.path}')
 
@@ -279,8 +279,8 @@ def _fail(
     import traceback
     if debug: traceback.print_exception(error)
     if type(error).__name__ == 'OutOfMemoryError':      # PyTorch is not loaded for its name
-        from homelab_ft.train.base_model import memory_advice
-        error = memory_advice(error)
+        from homelab_ft.train.base_model import explain_oom
+        error = explain_oom(error)
     ours = not isinstance(error, (HomelabError, OSError))
     print(f'homelab-ft: {type(error).__name__}: {error}' if ours or isinstance(error, OSError) else f'homelab-ft: {error}', file=sys.stderr)
     if ours and not debug: print('  next step: repeat the command with --debug and report what it shows', file=sys.stderr)

@@ -32,7 +32,7 @@ from .plan.model_shape import model_shape
 from .plan.memory.estimate import estimate_for, verdict
 from .train.launcher import follow, start
 from .train.dpo import check_preference
-from .train.base_model import check_machine, resolve_device
+from .train.base_model import validate_method, resolve_device
 from .train.run_folder import RunFolder, create_run, events, send, status, update_manifest
 
 # %% ../nbs/05_pipeline.ipynb #544b83c4
@@ -65,7 +65,7 @@ def check_inputs(
     if config.run_name and (Path(config.runs_dir) / config.run_name).exists():
         raise RunError('there is a run with this name, and nothing is overwritten', value=Path(config.runs_dir) / config.run_name,
                        next_step='continue it with --resume, or set another run_name')
-    check_machine(config, resolve_device(config))
+    validate_method(config, resolve_device(config))
     check_preference(config)
     check_writable(config.runs_dir)
     check_disk(config.runs_dir, 200 * MiB + (2 + (config.method == 'full') * 4 * (config.save_total_limit + 1)) * weights)
@@ -109,7 +109,7 @@ def _learned(
 def new_run(
     config: RunConfig,   # the settings of a new run
     say=print,           # receives a line or a table at a time
-    settle=None,         # chooses what nobody set: (settings, tokens of every row) -> (settings, why); None: they stay
+    autoconfigure=None,         # chooses what nobody set: (settings, tokens of every row) -> (settings, why); None: they stay
 ) -> RunFolder:          # with its data prepared, ready to train
     "Check everything, prepare the data and make the run folder around it; a mistake leaves neither."
     check_inputs(config)
@@ -120,8 +120,8 @@ def new_run(
     staging = Path(tempfile.mkdtemp(prefix='.data-', dir=runs_dir))
     try:
         prepared, why = prepare(config, tok, staging), None
-        if settle: config, why = settle(config, _learned(prepared, config).lengths)
-        check_machine(config, resolve_device(config))       # of the method that was chosen
+        if autoconfigure: config, why = autoconfigure(config, _learned(prepared, config).lengths)
+        validate_method(config, resolve_device(config))       # of the method that was chosen
         predicted, _ = plan_run(config, _learned(prepared, config))
         run = create_run(config)
         os.rename(staging, run.data_path)
@@ -198,11 +198,11 @@ def train_here(
 def run_journey(
     config: RunConfig,   # the settings of a new run
     say=print,           # receives a line per stage
-    settle=None,         # chooses what nobody set, as for `new_run`
+    autoconfigure=None,         # chooses what nobody set, as for `new_run`
 ) -> RunFolder:          # the finished run
     "The whole journey on a new run. Bad input raises a `HomelabError` before training."
     say(f'data      {config.data}')
-    run = new_run(config, say, settle)
+    run = new_run(config, say, autoconfigure)
     say(f'train     {run.path}')
     train_here(run)
     finish(run, say)

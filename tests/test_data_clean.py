@@ -10,9 +10,9 @@ from hypothesis import given, settings, strategies as st
 from homelab_ft.core import DataError, Example
 from homelab_ft.data import dedup as near
 from homelab_ft.data.clean import CleaningReport, clean, fix_mojibake, strip_html
-from homelab_ft.data.formats import detect_layout, to_examples
+from homelab_ft.data.formats import detect_format, to_examples
 from homelab_ft.data.load import load_rows
-from homelab_ft.data.dedup import jaccard, near_groups, normalise
+from homelab_ft.data.dedup import jaccard, near_duplicate_groups, normalise
 from homelab_ft.data.sample.tickets import make_tickets, planted_dirt
 
 SHARED = Path(__file__).resolve().parent.parent.parent / 'shared' / 'data'
@@ -25,7 +25,7 @@ def example(prompt, answer='x', label=None, row=0): return Example([{'role': 'us
 
 def tickets(n=1200, seed=0):
     rows = make_tickets(n, seed)
-    return to_examples(rows, detect_layout(rows))
+    return to_examples(rows, detect_format(rows))
 
 
 # ---------------------------------------------------------------- text repairs
@@ -165,21 +165,21 @@ def test_shingles_are_the_pieces_of_five(texts):
 @pytest.mark.parametrize('seed', range(2))
 def test_all_pairs_are_found_and_no_other(seed):
     texts = [e.prompt for e in clean(tickets(400, seed))[0]]
-    groups, pairs = near_groups(texts), brute(texts)
+    groups, pairs = near_duplicate_groups(texts), brute(texts)
     assert all(groups[i] == groups[j] for i, j in pairs)
     assert groups == near.connected(len(texts), pairs)
 
 
 def test_crowded_bands():
     texts = [f'the very same letter to the whole street, and to everybody in it, number {i}' for i in range(300)]
-    assert set(near_groups(texts[:10])) == {0}
-    assert len(set(near_groups(texts + [f'{i * 7919:09d} {i * 104729:09d} nothing' for i in range(400)]))) >= 400
+    assert set(near_duplicate_groups(texts[:10])) == {0}
+    assert len(set(near_duplicate_groups(texts + [f'{i * 7919:09d} {i * 104729:09d} nothing' for i in range(400)]))) >= 400
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(any_text, max_size=12))
 def test_groups_are_named_by_their_first(texts):
-    groups = near_groups(texts)
+    groups = near_duplicate_groups(texts)
     assert all(g <= i and groups[g] == g for i, g in enumerate(groups))
     assert all(groups[i] == groups[j] for i, j in itertools.combinations(range(len(texts)), 2) if normalise(texts[i]) == normalise(texts[j]))
 
@@ -198,8 +198,8 @@ def test_shared_frame_does_not_make_texts_alike():
     frame = 'You are a careful assistant who sorts letters into drawers, and never says more than a word. '
     words = 'apple river stone cloud window garden bridge letter copper winter summer lantern'.split()
     texts = [f'{frame}{a} {b}' for a, b in itertools.permutations(words, 2)]
-    assert len(set(near_groups(texts))) > len(texts) // 4
-    assert set(near_groups([frame + 'x', frame + 'y'])) == {0}      # two texts are too few to know what is common
+    assert len(set(near_duplicate_groups(texts))) > len(texts) // 4
+    assert set(near_duplicate_groups([frame + 'x', frame + 'y'])) == {0}      # two texts are too few to know what is common
 
 
 def test_ten_thousand_rows_take_seconds():
@@ -213,7 +213,7 @@ def test_ten_thousand_rows_take_seconds():
 @needs_shared
 def test_banking77():
     rows = load_rows(SHARED / 'classify' / 'banking77' / 'train.csv')
-    kept, report = clean(to_examples(rows, detect_layout(rows)))
+    kept, report = clean(to_examples(rows, detect_format(rows)))
     assert (len(kept), report.rows('html'), report.rows('mojibake'), report.rows('blank')) == (9999, [], [], [])
     assert 300 < len(report.rows('near_duplicate')) < 1500
 
@@ -221,5 +221,5 @@ def test_banking77():
 @needs_shared
 def test_gsm8k_is_left_alone():
     rows = load_rows(SHARED / 'instruct' / 'gsm8k' / 'train.jsonl')
-    examples = to_examples(rows, detect_layout(rows))
+    examples = to_examples(rows, detect_format(rows))
     assert clean(examples)[0] == examples

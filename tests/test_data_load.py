@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from homelab_ft.core import DataError
 from homelab_ft.config import make_config
-from homelab_ft.data.formats import Layout, detect_layout, to_examples
+from homelab_ft.data.formats import Layout, detect_format, to_examples
 from homelab_ft.data.load import load_rows
 
 SHARED = Path(__file__).resolve().parent.parent.parent / 'shared' / 'data'
@@ -190,16 +190,16 @@ def test_draw(tmp_path_factory, n, k, seed):
     ({'text': 'a', 'category': 'b'}, 'classification', {'text_columns': ['text'], 'label_column': 'category'}),
     ({'': '', 'review': 'a', 'label': 1}, 'classification', {'text_columns': ['review'], 'label_column': 'label'})])
 def test_detection(row, kind, columns):
-    layout = detect_layout([row])
+    layout = detect_format([row])
     assert layout.kind == kind
     for name, value in columns.items(): assert getattr(layout, name) == value
 
 
 def test_class_by_repetition_only_if_there_is_one():
     rows = [{'note': f'note {i}', 'queue': 'ab'[i % 2], 'floor': 'xy'[i % 2]} for i in range(12)]
-    with pytest.raises(DataError, match='cannot be told'): detect_layout(rows)
-    assert detect_layout([{k: r[k] for k in ('note', 'queue')} for r in rows]).label_column == 'queue'
-    assert detect_layout(rows, make_config(label_column='floor')).text_columns == ['note', 'queue']
+    with pytest.raises(DataError, match='cannot be told'): detect_format(rows)
+    assert detect_format([{k: r[k] for k in ('note', 'queue')} for r in rows]).label_column == 'queue'
+    assert detect_format(rows, make_config(label_column='floor')).text_columns == ['note', 'queue']
 
 
 @pytest.mark.parametrize('settings_, words', [
@@ -209,15 +209,15 @@ def test_class_by_repetition_only_if_there_is_one():
     (dict(layout='conversational'), ['(conversational)', 'subject, body, team', 'messages_column']),
     (dict(prompt_column='body'), ['(prompt_completion)', 'completion_column'])])
 def test_settings_that_do_not_fit(settings_, words):
-    with pytest.raises(DataError) as e: detect_layout([{'subject': 'a', 'body': 'b', 'team': 'c'}], make_config(**settings_))
+    with pytest.raises(DataError) as e: detect_format([{'subject': 'a', 'body': 'b', 'team': 'c'}], make_config(**settings_))
     assert all(w in str(e.value) for w in words), str(e.value)
 
 
 def test_detected_columns_fit_back_into_the_settings():
     rows = [{'subject': 'a', 'body': 'b', 'team': 'c', 'id': 5}]
-    first = detect_layout(rows)
+    first = detect_format(rows)
     config = make_config(layout=first.kind, text_columns=first.text_columns, label_column=first.label_column)
-    assert detect_layout(rows, config) == first
+    assert detect_format(rows, config) == first
 
 
 # ---------------------------------------------------------------- examples
@@ -242,7 +242,7 @@ def test_conversations():
     ('7', ['row 2', 'neither a list nor JSON of one'])])
 def test_bad_conversations(cell, words):
     rows = [{'messages': [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]}, {'messages': cell}]
-    with pytest.raises(DataError) as e: to_examples(rows, detect_layout(rows))
+    with pytest.raises(DataError) as e: to_examples(rows, detect_format(rows))
     assert all(w in str(e.value) for w in words), str(e.value)
 
 
@@ -262,15 +262,15 @@ def test_classification_examples(rows):
 def test_rows_keep_their_number_when_drawn(tmp_path):
     (tmp_path / 'a.csv').write_text('text,label\n' + ''.join(f'text {i},a\n' for i in range(1, 51)))
     rows = load_rows(tmp_path / 'a.csv', max_rows=10)
-    examples = to_examples(rows, detect_layout(rows))
+    examples = to_examples(rows, detect_format(rows))
     assert all(e.prompt.startswith(f'text {e.row}\n') for e in examples)
 
 
 @needs_shared
 def test_real_files():
     rows = load_rows(SHARED / 'classify' / 'banking77' / 'train.csv')
-    layout = detect_layout(rows)
+    layout = detect_format(rows)
     assert (len(rows), layout.kind, layout.text_columns, layout.label_column) == (10003, 'classification', ['text'], 'category')
     assert len({e.label for e in to_examples(rows, layout)}) == 77
     rows = load_rows(SHARED / 'instruct' / 'gsm8k' / 'train.jsonl')
-    assert (len(rows), detect_layout(rows).kind) == (7473, 'prompt_completion')
+    assert (len(rows), detect_format(rows).kind) == (7473, 'prompt_completion')

@@ -10,7 +10,7 @@ from hypothesis import given, settings as tries, strategies as st
 from homelab_ft.core import DataError
 from homelab_ft.config import make_config
 from homelab_ft.data.chat_template import load_tokenizer
-from homelab_ft.data.formats import detect_layout
+from homelab_ft.data.formats import detect_format
 from homelab_ft.data.preference import Pairs, answer_span
 from homelab_ft.data.prepare import PARTS, load_prepared, prepare
 from homelab_ft.data.split import leaks
@@ -118,6 +118,6 @@ def test_test_data_has_pairs_too(tmp_path, tok):
                                             (dict(layout='prompt_completion', completion_column='chosen'), 'needs pairs of answers')])
 def test_named_columns_and_layouts(tmp_path, tok, settings, said):
     path = write(tmp_path / 'a.jsonl', rows_of(40))
-    if said is None: assert detect_layout(rows_of(3), config_of(path, **settings)).chosen_column == 'prompt'
+    if said is None: assert detect_format(rows_of(3), config_of(path, **settings)).chosen_column == 'prompt'
     else:
         with pytest.raises(DataError, match=said): prepare(config_of(path, **settings), tok, tmp_path / 'a')

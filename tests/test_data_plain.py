@@ -6,12 +6,12 @@ from hypothesis import given, settings, strategies as st
 from homelab_ft.core import DataError, ModelError, embedded_model
 from homelab_ft.config import make_config
 from homelab_ft.data.chat_template import load_tokenizer
-from homelab_ft.data.formats import Layout, detect_layout
+from homelab_ft.data.formats import Layout, detect_format
 from homelab_ft.data.plain_text import encode_text, end_ids, holds_text, is_text
 from homelab_ft.data.prepare import load_prepared, prepare
 from homelab_ft.deploy.chat import load_chat
 from homelab_ft.evaluate.compare import load_evaluation
-from homelab_ft.evaluate.likelihood import row_nll
+from homelab_ft.evaluate.likelihood import sequence_nll
 from homelab_ft.pipeline import new_run, run_journey
 from homelab_ft.train.lora import load_adapter
 from homelab_ft.train.base_model import load_base
@@ -40,12 +40,12 @@ def test_every_token_is_learned_and_the_text_comes_back(text):
     ([{'text': 'a'}], {}, ['text']), ([{'Content': 'a', 'id': '1'}], {}, ['Content']), ([{'note': 'a', 'url': 'b'}], dict(text_columns=['note']), ['note']),
     ([{'note': 'a'}], dict(layout='text'), ['note']), ([{'text': 'a', 'url': 'b'}], dict(layout='text'), ['text'])], ids=str)
 def test_found(rows, settings, expected):
-    assert (found := detect_layout(rows, make_config(**settings))).kind == 'text' and found.text_columns == expected
+    assert (found := detect_format(rows, make_config(**settings))).kind == 'text' and found.text_columns == expected
 
 @pytest.mark.parametrize('rows, settings', [([{'note': 'a'}], {}), ([{'text': 'a', 'url': 'b'}], {}), ([{'a': 'x', 'b': 'y'}], dict(layout='text')),
                                             ([{'a': 'x', 'b': 'y'}], dict(layout='text', text_columns=['a', 'b']))], ids=str)
 def test_not_guessed(rows, settings):
-    with pytest.raises(DataError, match='cannot be told'): detect_layout(rows, make_config(**settings))
+    with pytest.raises(DataError, match='cannot be told'): detect_format(rows, make_config(**settings))
 
 def test_copies_go_and_near_copies_stay_together(tmp_path):
     rows = texts(80)
@@ -106,7 +106,7 @@ def test_the_numbers_are_those_of_the_whole_text(run):
     data, result = load_prepared(run.data_path), load_evaluation(run)
     assert result.tokens == len(data.test.input_ids) - len(data.test)         # all but each row's first
     tuned = load_adapter(load_base(run.config().model, run.config().method), run.adapter_path)
-    nll, tokens = row_nll(tuned, data.test, progress=False)
+    nll, tokens = sequence_nll(tuned, data.test, progress=False)
     assert abs(nll.sum() / tokens.sum() - result['NLL per token'].tuned) < 1e-6
 
 def test_it_continues_text(run):

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from homelab_ft.core import DataError, Example
 from homelab_ft.data.clean import clean
-from homelab_ft.data.formats import detect_layout, to_examples
+from homelab_ft.data.formats import detect_format, to_examples
 from homelab_ft.data.load import load_rows
 from homelab_ft.data.dedup import normalise
 from homelab_ft.data.split import check_labels, groups_of, halve, leaks, split
@@ -113,7 +113,7 @@ def test_leaks_sees_through_looks():
 @needs_shared
 def test_banking77_splits_without_leaks():
     found = load_rows(SHARED / 'classify' / 'banking77' / 'train.csv', max_rows=2000)
-    examples, report = clean(to_examples(found, detect_layout(found)))
+    examples, report = clean(to_examples(found, detect_format(found)))
     keep = check_labels(examples, 'drop')
     examples, groups = [examples[i] for i in keep], [report.groups[i] for i in keep]
     train, held = split(examples, groups)

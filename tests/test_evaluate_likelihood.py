@@ -4,7 +4,7 @@ from hypothesis import given, settings, strategies as st
 from homelab_ft.core import DataError
 from homelab_ft.data.tokenize import make_cache
 from homelab_ft.evaluate.bootstrap import MIN_ROWS, Interval, paired_bootstrap, paired_bootstrap_accuracy
-from homelab_ft.evaluate.likelihood import perplexity, row_nll
+from homelab_ft.evaluate.likelihood import perplexity, sequence_nll
 from homelab_ft.train.base_model import load_base
 
 rows = st.lists(st.tuples(st.floats(0, 50), st.floats(0, 50), st.integers(1, 40)), min_size=MIN_ROWS, max_size=40)
@@ -63,12 +63,12 @@ def test_a_card_that_is_too_full_changes_no_row(k):
     rng, model = np.random.default_rng(0), load_base('embedded').eval()
     lengths = rng.integers(2, 30, 13)
     cache = make_cache([(rng.integers(5, 4000, n), (rng.random(n) < 0.5).astype(np.uint8)) for n in lengths], list(range(13)))
-    nll, tokens = row_nll(model, cache, 8, progress=False)
+    nll, tokens = sequence_nll(model, cache, 8, progress=False)
     tried = []
     def full(module, args, kwargs):
         tried.append(len(kwargs['input_ids']))
         if tried[-1] > k: raise torch.OutOfMemoryError('CUDA out of memory.')
     model.base_model.register_forward_pre_hook(full, with_kwargs=True)
-    again = row_nll(model, cache, 8, progress=False)
+    again = sequence_nll(model, cache, 8, progress=False)
     np.testing.assert_allclose(again[0], nll, atol=1e-4)
     assert (again[1] == tokens).all() and max(tried) == 8 and tried[-2] <= k and 8 not in tried[1:]

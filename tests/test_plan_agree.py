@@ -28,7 +28,7 @@ def test_there_is_a_bit_of_everything():
     assert len(ROWS) >= 60
     assert {r['settings']['method'] for r in ROWS} == {'full', 'lora', 'int8', 'qlora'} and len({r['settings']['model'] for r in ROWS}) >= 20
     assert sum(r['trace']['rows'] == 'on' for r in ROWS) > 20 < sum(r['trace']['rows'] != 'on' for r in ROWS)
-    assert sum(bool(r['drawn']['levels']) for r in ROWS) >= 5 <= sum(bool(r['drawn']['learned']) for r in ROWS)
+    assert sum(bool(r['drawn']['policies']) for r in ROWS) >= 5 <= sum(bool(r['drawn']['learned']) for r in ROWS)
 
 
 def test_the_closed_form_on_file_is_that_of_today(agree):

@@ -58,7 +58,7 @@ def test_what_is_compared_is_the_process_less_context_and_libraries(cliff, cases
     from homelab_ft.plan.memory.estimate import estimate
     settings, limit = next((s, l) for s, l in cases if s['method'] == 'qlora' and not s['gradient_checkpointing'])
     est = estimate(model_shape(settings['model']), 'qlora', batch_size=settings['per_device_train_batch_size'], length=settings['max_length'], torch_compile=False)
-    assert cliff.need(settings, limit)['reserved'] == est.peak - process_bytes(0, est.levels, True, False) > est.allocated
+    assert cliff.need(settings, limit)['reserved'] == est.peak - process_bytes(0, est.policies, True, False) > est.allocated
 
 
 def test_the_choice_is_always_the_same(cliff, cases): assert cliff.choose() == cases
@@ -71,7 +71,7 @@ def test_verdicts(cliff, share, told): assert cliff.verdict(share) == told
 def trained(cliff, settings, limit, **paths):
     "A row as measure.py has it."
     config, n = make_config(**settings), model_shape(settings['model']).num_hidden_layers
-    kept = {'layer' if config.gradient_checkpointing else 'keep': n}
+    kept = {'layer' if config.gradient_checkpointing else 'none': n}
     given = dict(rows='on', graph='on', compile='switched off' if config.torch_compile is False else 'on', recompute=kept)
     if cliff.need(settings, limit)['step'] != 'fast': given = dict(rows='switched off', recompute=kept if config.gradient_checkpointing else {})
     return dict(settings=settings, limit_gib=limit, paths=given | paths, chunk=cliff.chunk(config, limit), reserved=GiB)
@@ -101,8 +101,8 @@ def test_a_step_that_was_not_as_planned_counts_for_nothing(cliff, cases, odd, i)
 def test_nothing_hides_a_card_that_is_full(cliff):
     "In a run a full card costs recordings; measured as `fixed`, it ends the steps."
     import measure
-    from homelab_ft.train.engine.packed import Rows
-    engine, tries = Rows.__new__(Rows), []
+    from homelab_ft.train.engine.packed import PackedStep
+    engine, tries = PackedStep.__new__(PackedStep), []
     def passes(cache, rows):
         tries.append(rows)
         if len(tries) == 1: raise torch.OutOfMemoryError('full')

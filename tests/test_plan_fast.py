@@ -7,15 +7,15 @@ from homelab_ft.config import make_config
 from homelab_ft.plan.memory import packed_step as fast
 from homelab_ft.plan.model_shape import known_shapes, model_shape
 from homelab_ft.plan.summary import about_step
-from homelab_ft.plan.memory.estimate import MemoryEstimate, estimate, estimate_for, fitted
-from homelab_ft.train.engine.memory_budget import Options
-from homelab_ft.train.engine.packing import shape_of
+from homelab_ft.plan.memory.estimate import MemoryEstimate, estimate, estimate_for, estimate_with_checkpointing
+from homelab_ft.train.engine.memory_budget import StepOptions
+from homelab_ft.train.engine.packing import bucket_shape
 
 SHAPES = known_shapes()
 COVERED = sorted(name for name, shape in SHAPES.items() if not fast.why_no_terms(shape, 'qlora'))
 CASES = {'everything kept': (dict(model='Llama-3.1-8B', method='qlora', max_length=2048, per_device_train_batch_size=2), None),
          'inputs kept': (dict(model='Qwen3-4B', method='lora', max_length=1024, per_device_train_batch_size=4), dict(layer=36)),
-         'three levels': (dict(model='Qwen2.5-7B', method='qlora', max_length=8192, lora_r=64, optim='adamw_8bit'), dict(keep=4, mlp=12, layer=12)),
+         'three policies': (dict(model='Qwen2.5-7B', method='qlora', max_length=8192, lora_r=64, optim='adamw_8bit'), dict(none=4, mlp=12, layer=12)),
          'not compiled': (dict(model='Qwen3-1.7B', method='qlora', max_length=2048, torch_compile=False), dict(mlp=28)),
          'tied embeddings, a small vocabulary': (dict(model='SmolLM2-360M', method='lora', max_length=512, per_device_train_batch_size=8), None)}
 
@@ -25,11 +25,11 @@ def test_the_closed_form_and_the_traced_mode_agree(case):
     "Within 2 %, as promised; in fact far less."
     pytest.importorskip('torch')
     from homelab_ft.plan.trace.trace import trace
-    said, levels = CASES[case]
+    said, policies = CASES[case]
     config, shape = make_config(**said), model_shape(said['model'])
-    traced = trace(config, levels)
+    traced = trace(config, policies)
     est = estimate(shape, config.method, config.lora_r, batch_size=config.per_device_train_batch_size, length=config.max_length, optim=config.optim,
-                   levels=levels, torch_compile=config.torch_compile is not False)
+                   policies=policies, torch_compile=config.torch_compile is not False)
     print(f'{case}: {est.allocated / traced.allocated - 1:+.4%}')
     assert est.step == 'fast' and est.allocated == pytest.approx(traced.allocated, rel=0.005)
 
@@ -55,11 +55,11 @@ WISHES = dict(name=st.sampled_from(COVERED), method=st.sampled_from(['lora', 'ql
 @given(limit=st.floats(2, 100), wishes=st.fixed_dictionaries(WISHES))
 def test_levels_are_spent_and_never_more_than_there_is(limit, wishes):
     shape, least = SHAPES[wishes.pop('name')], None
-    est = fitted(shape, limit * 2**30, **wishes)
-    assert isinstance(est, MemoryEstimate) and sum(est.levels.values()) == shape.num_hidden_layers
+    est = estimate_with_checkpointing(shape, limit * 2**30, **wishes)
+    assert isinstance(est, MemoryEstimate) and sum(est.policies.values()) == shape.num_hidden_layers
     least = estimate(shape, **wishes, gradient_checkpointing=True)
     if not est.fits(limit * 2**30): assert not least.fits(limit * 2**30)
-    elif est.levels.get('layer'):       # one layer more would be too much, but for rounding and smaller chunks of the loss
+    elif est.policies.get('layer'):       # one layer more would be too much, but for rounding and smaller chunks of the loss
         sizes = fast.kept_bytes(shape, wishes['method'], wishes['batch_size'] * wishes['length'], wishes['lora_r'])
         assert est.peak + 4 * max(sizes.values()) > 0.95 * limit * 2**30 - 2**28
 
@@ -80,27 +80,27 @@ def test_a_run_is_planned_with_the_step_it_would_take():
         assert step(**said).startswith('plain: '), said
     assert 'gemma' in about_step(estimate(model_shape('gemma-2-2b'), length=512)) and estimate(model_shape('gemma-2-2b'), length=512).step != 'fast'
     with pytest.raises(ConfigError, match='no formula for rows end to end'): estimate(shape, 'full', padding_free=True)
-    with pytest.raises(ConfigError, match='add up'): estimate(shape, levels=dict(keep=31))
-    with pytest.raises(ConfigError, match='did you mean mlp'): estimate(shape, levels=dict(mpl=32))
-    with pytest.raises(ConfigError, match='no terms for this level'): fast._modes(shape, 'qlora', dict(offload=32), 'eager' == 'compiled')
+    with pytest.raises(ConfigError, match='add up'): estimate(shape, policies=dict(none=31))
+    with pytest.raises(ConfigError, match='did you mean mlp'): estimate(shape, policies=dict(mpl=32))
+    with pytest.raises(ConfigError, match='no terms for this policy'): fast._modes(shape, 'qlora', dict(offload=32), 'eager' == 'compiled')
 
 
 def test_pairs_recompute_every_layer_on_a_card_and_none_on_a_processor():
     shape, config = model_shape('SmolLM2-135M'), make_config(model='SmolLM2-135M', method='lora', objective='dpo', data='x.jsonl', max_length=512)
-    levels = lambda device: estimate_for(config.model_copy(update=dict(device=device)), shape, limit_bytes=2**40).levels
-    assert set(levels('cuda')) == {'layer'} and set(levels('cpu')) == {'keep'}
+    policies = lambda device: estimate_for(config.model_copy(update=dict(device=device)), shape, limit_bytes=2**40).policies
+    assert set(policies('cuda')) == {'layer'} and set(policies('cpu')) == {'none'}
 
 
 @given(st.integers(1, 70_000), st.data())
 def test_a_pass_is_padded_as_in_training(tokens, data):
     learned = data.draw(st.integers(1, tokens))
-    assert fast.padded(tokens, learned) == shape_of([tokens], [learned], [0], 256, tokens)[:2]
-    assert Options(1, 1).grain == fast.PASS_GRAIN
+    assert fast.padded(tokens, learned) == bucket_shape([tokens], [learned], [0], 256, tokens)[:2]
+    assert StepOptions(1, 1).grain == fast.BUCKET_SIZE
 
 
 @pytest.mark.parametrize('targets', [('q_proj', 'v_proj'), ('q_proj', 'k_proj'), ('down_proj',), ('v_proj',)], ids=str)
 def test_fewer_adapters_keep_no_more(targets):
     shape = model_shape('Llama-3.2-1B')
-    few, every = ({level: fast.fast_phases(shape, 'qlora', {level: 16}, 2048, 2048, targets=names) for level in ('keep', 'mlp', 'layer')} for names in (targets, ()))
-    for level in few:
-        for phase, parts in few[level].items(): assert sum(parts.values()) <= sum(every[level][phase].values()) * 1.005, (level, phase)
+    few, every = ({policy: fast.packed_phases(shape, 'qlora', {policy: 16}, 2048, 2048, targets=names) for policy in ('none', 'mlp', 'layer')} for names in (targets, ()))
+    for policy in few:
+        for phase, parts in few[policy].items(): assert sum(parts.values()) <= sum(every[policy][phase].values()) * 1.005, (policy, phase)

@@ -7,13 +7,13 @@ from hypothesis import given, settings, strategies as st
 
 from homelab_ft.core import ConfigError, GiB, HomelabError, ModelError
 from homelab_ft.config import make_config
-from homelab_ft.hardware.gpu_catalog import find_card, limit_bytes, read_cards
+from homelab_ft.hardware.gpu_catalog import find_gpu, limit_bytes, read_gpus
 from homelab_ft.plan.remedies import explain, remedies
-from homelab_ft.plan.autoconfigure import OPEN, Choice, choices_table, fit, settle
+from homelab_ft.plan.autoconfigure import OPEN, Choice, choices_table, fit, autoconfigure
 from homelab_ft.plan.limits import _frontier, largest, length_batch_map, plot_map
 from homelab_ft.plan.model_shape import known_shapes, model_shape
 from homelab_ft.plan.throughput import COUNTED, MEASURED, hours, operations_per_token, pairs_per_token, pass_seconds, tokens_per_second, why_no_speed
-from homelab_ft.plan.memory.estimate import METHODS, estimate, estimate_for, fitted
+from homelab_ft.plan.memory.estimate import METHODS, estimate, estimate_for, estimate_with_checkpointing
 
 SHAPES = {name: known_shapes()[name] for name in ('SmolLM2-135M', 'Llama-3.2-1B', 'Qwen2.5-7B', 'Llama-3.1-8B', 'Phi-4')}
 shapes, gibs = st.sampled_from(sorted(SHAPES)), st.floats(2, 140)
@@ -32,23 +32,23 @@ def test_operations_of_a_toy_by_hand():
     shape = model_shape(dict(model_type='llama', hidden_size=8, num_hidden_layers=3, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, vocab_size=32))
     layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16
     adapter = (8 + 8) + 2 * (8 + 4) + (8 + 8) + 3 * (8 + 16)
-    found = operations_per_token(shape, 'lora', dict(keep=1, mlp=1, layer=1), 5, 0.5, 4)
+    found = operations_per_token(shape, 'lora', dict(none=1, mlp=1, layer=1), 5, 0.5, 4)
     forward = 4 * 3 * 8      # 3 pairs per token on average, 8 values of the query heads
     assert found == dict(layers=4 * 3 * layer, adapter=6 * 3 * 4 * adapter, attention=3.5 * 3 * forward, head=4 * 32 * 8 * 0.5, again=2 * 2 * 8 * 16 + 2 * layer + forward)
 
 
 def test_fused_matrices_count_like_separate_ones():
     sizes = dict(hidden_size=64, num_hidden_layers=2, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, vocab_size=32)
-    fused, apart = (operations_per_token(model_shape(dict(sizes, model_type=kind)), levels=dict(mlp=2), lora_r=1) for kind in ('phi3', 'llama'))
+    fused, apart = (operations_per_token(model_shape(dict(sizes, model_type=kind)), policies=dict(mlp=2), lora_r=1) for kind in ('phi3', 'llama'))
     assert all(fused[part] == apart[part] for part in ('layers', 'attention', 'head', 'again'))
 
 
 def test_speed_is_known_only_where_it_was_measured():
-    for card in read_cards().values():
+    for card in read_gpus().values():
         for method in METHODS:
             speed = tokens_per_second(card, SHAPES['Llama-3.1-8B'], 4096, method)
             assert (speed is None) == bool(why_no_speed(card, method)) == (not card.bf16_tflops or method not in ('lora', 'qlora'))
-    assert tokens_per_second(find_card('h200'), SHAPES['Llama-3.1-8B'], 4096, 'lora', 'plain: rows are padded') is None
+    assert tokens_per_second(find_gpu('h200'), SHAPES['Llama-3.1-8B'], 4096, 'lora', 'plain: rows are padded') is None
 
 
 @few
@@ -56,7 +56,7 @@ def test_speed_is_known_only_where_it_was_measured():
 def test_more_is_more(name, method, length, rank, share):
     count = lambda **other: sum(operations_per_token(SHAPES[name], **dict(method=method, lengths=length, lora_r=rank, label_share=share) | other).values())
     n = SHAPES[name].num_hidden_layers
-    assert count() < count(lengths=length + 1) and count(levels=dict(keep=n)) == count() < count(levels=dict(mlp=n)) < count(levels=dict(layer=n))
+    assert count() < count(lengths=length + 1) and count(policies=dict(none=n)) == count() < count(policies=dict(mlp=n)) < count(policies=dict(layer=n))
     assert count(label_share=share / 2) < count() and (count(lora_r=rank + 1) > count() or method == 'full')
     assert count(method='full') > count(method='lora', lora_r=1)
 
@@ -68,7 +68,7 @@ def test_amounts_that_cannot_be(wrong):
 
 
 def test_an_unknown_setting_is_not_passed_over():
-    with pytest.raises(ConfigError, match='lora_r'): tokens_per_second(find_card('h200'), SHAPES['Llama-3.1-8B'], 4096, lora_rank=3)
+    with pytest.raises(ConfigError, match='lora_r'): tokens_per_second(find_gpu('h200'), SHAPES['Llama-3.1-8B'], 4096, lora_rank=3)
     assert 'method' not in COUNTED and 'H200' in str(MEASURED)
 
 
@@ -84,7 +84,7 @@ def check(choice, limit, margin=0.05):
 def test_what_is_offered_fits(name, gib, lengths, batch):
     for c in fit(gib * GiB, SHAPES[name], lengths, batch):
         check(c, gib * GiB)
-        again = estimate(SHAPES[name], c.method, batch_size=c.per_device_train_batch_size, length=c.max_length, optim=c.optim, levels=c.levels,
+        again = estimate(SHAPES[name], c.method, batch_size=c.per_device_train_batch_size, length=c.max_length, optim=c.optim, policies=c.policies,
                          gradient_accumulation_steps=c.gradient_accumulation_steps)
         assert c.memory.peak <= again.peak       # the loss may take fewer positions at a time
         assert c.shortened == sum(n > c.max_length for n in lengths) and (c.packing or c.per_device_train_batch_size * c.gradient_accumulation_steps == batch)
@@ -112,10 +112,10 @@ def test_wishes_stay_as_they_are(name, gib, lengths, wishes):
 
 def test_levels_that_are_wished_for():
     shape = SHAPES['Llama-3.1-8B']
-    assert {str(c.levels) for c in fit(140 * GiB, shape, 1024, gradient_checkpointing=True)} == {"{'layer': 32}"}
-    assert [c.levels for c in fit(24 * GiB, shape, 1024, method='qlora', optim='adamw_torch', levels=dict(mlp=30, layer=2))] == [dict(mlp=30, layer=2)]
-    found = {c.method for c in fit(140 * GiB, shape, 1024, levels=dict(mlp=30, layer=2))}
-    assert {'lora', 'qlora'} <= found and 'full' not in found      # where all weights learn there is no such level
+    assert {str(c.policies) for c in fit(140 * GiB, shape, 1024, gradient_checkpointing=True)} == {"{'layer': 32}"}
+    assert [c.policies for c in fit(24 * GiB, shape, 1024, method='qlora', optim='adamw_torch', policies=dict(mlp=30, layer=2))] == [dict(mlp=30, layer=2)]
+    found = {c.method for c in fit(140 * GiB, shape, 1024, policies=dict(mlp=30, layer=2))}
+    assert {'lora', 'qlora'} <= found and 'full' not in found      # where all weights learn there is no such policy
 
 
 def test_the_order():
@@ -134,9 +134,9 @@ def test_shorter_rows_come_last():
 
 
 def test_speed_and_hours_are_those_of_the_page():
-    card, shape, lengths = find_card('rtx-4090'), SHAPES['Llama-3.1-8B'], [1000, 2000]
+    card, shape, lengths = find_gpu('rtx-4090'), SHAPES['Llama-3.1-8B'], [1000, 2000]
     c = fit(card, shape, lengths, 2, epochs=3, method='qlora', packing=False)[0]
-    assert c.tokens_per_second == pytest.approx(tokens_per_second(card, shape, 1500 * c.per_device_train_batch_size, 'qlora', levels=c.levels, lengths=lengths))
+    assert c.tokens_per_second == pytest.approx(tokens_per_second(card, shape, 1500 * c.per_device_train_batch_size, 'qlora', policies=c.policies, lengths=lengths))
     assert c.hours == pytest.approx(3 * 3000 / c.tokens_per_second / 3600)
     assert all(c.tokens_per_second is None and c.hours is None for c in fit(limit_bytes(card), shape, lengths))
     assert fit(card, shape, 1500, method='qlora')[0].hours is None and fit(card, shape, 1500, tokens=1e6, method='qlora')[0].hours > 0
@@ -184,7 +184,7 @@ def test_the_largest_model_grows_with_the_card(gib, more):
 def test_the_map_holds_the_same_numbers_and_its_line_parts_them():
     shape, limit, lengths, batches = SHAPES['Llama-3.1-8B'], 16 * GiB, [512, 2048, 8192, 32768], [1, 2, 4]
     peaks = length_batch_map(limit, shape, lengths, batches, method='qlora')
-    assert all(peaks[i, j] == fitted(shape, limit, method='qlora', length=n, batch_size=b).needed for i, n in enumerate(lengths) for j, b in enumerate(batches))
+    assert all(peaks[i, j] == estimate_with_checkpointing(shape, limit, method='qlora', length=n, batch_size=b).needed for i, n in enumerate(lengths) for j, b in enumerate(batches))
     fits = peaks <= 0.95 * limit
     x, y = _frontier(fits)
     assert list(y[::2] + 0.5) == fits.sum(axis=0).tolist() and x[0] == -0.5 and x[-1] == len(batches) - 0.5
@@ -203,13 +203,13 @@ def test_the_picture_shows_the_numbers():
 
 @few
 @given(shapes, st.sampled_from(METHODS), st.integers(1, 8), st.integers(16, 2000), gibs, st.booleans())
-def test_savings_are_differences_of_two_estimates(name, method, batch, length, gib, fit_levels):
+def test_savings_are_differences_of_two_estimates(name, method, batch, length, gib, fit_policies):
     shape, wishes = SHAPES[name], dict(method=method, batch_size=batch, length=length)
-    est = fitted(shape, gib * GiB, **wishes) if fit_levels else estimate(shape, **wishes)
+    est = estimate_with_checkpointing(shape, gib * GiB, **wishes) if fit_policies else estimate(shape, **wishes)
     found = remedies(est, shape, gib * GiB, **wishes)
     for r in found:
         assert r.saved == est.peak - r.memory.peak > 0
-        if not fit_levels: assert r.memory.peak == estimate(shape, **wishes | r.changes).peak
+        if not fit_policies: assert r.memory.peak == estimate(shape, **wishes | r.changes).peak
     assert [bool(r.what_changes) for r in found] == sorted(bool(r.what_changes) for r in found)
     free = [max(0, r.more_time) / r.saved for r in found if not r.what_changes]
     assert free == sorted(free)
@@ -235,7 +235,7 @@ def test_the_table_has_a_row_per_choice():
     per_device_train_batch_size=st.integers(1, 6), gradient_accumulation_steps=st.integers(1, 4), gradient_checkpointing=st.sampled_from(['auto', True, False]))))
 def test_a_run_keeps_what_was_set_and_fits_the_rest(name, gib, lengths, given):
     config = make_config(model=name, max_length=2048, **given)
-    settled, choice = settle(config, lengths, gib * GiB)
+    settled, choice = autoconfigure(config, lengths, gib * GiB)
     assert all(getattr(settled, k) == v for k, v in given.items())
     assert {k for k, v in settled.model_dump().items() if v != getattr(config, k)} <= {*OPEN} | ({'max_length'} if settled.packing else set())
     if choice is None: return
@@ -247,16 +247,16 @@ def test_a_run_keeps_what_was_set_and_fits_the_rest(name, gib, lengths, given):
 
 def test_nothing_fits_and_the_least_is_left():
     config = make_config(model='Llama-3.1-8B', max_length=2048)
-    settled, choice = settle(config, [2048], 3 * GiB)
+    settled, choice = autoconfigure(config, [2048], 3 * GiB)
     assert choice is None and (settled.method, settled.per_device_train_batch_size, settled.gradient_accumulation_steps) == ('qlora', 1, 8)
-    kept, choice = settle(make_config(model='Llama-3.1-8B', max_length=2048, method='lora', per_device_train_batch_size=4), [2048], 3 * GiB)
+    kept, choice = autoconfigure(make_config(model='Llama-3.1-8B', max_length=2048, method='lora', per_device_train_batch_size=4), [2048], 3 * GiB)
     assert choice is None and (kept.method, kept.per_device_train_batch_size, kept.gradient_accumulation_steps) == ('lora', 4, 1)
 
 
 def test_pairs_and_processors_keep_their_settings():
     for other in (dict(objective='dpo'), dict(device='cpu')):
         config = make_config(model='Llama-3.1-8B', **other)
-        assert settle(config, [2048], 24 * GiB) == (config, None)
+        assert autoconfigure(config, [2048], 24 * GiB) == (config, None)
 
 
 def test_a_card_of_this_machine_is_used(monkeypatch, tmp_path):
@@ -265,18 +265,18 @@ def test_a_card_of_this_machine_is_used(monkeypatch, tmp_path):
     config = make_config(model='Llama-3.1-8B', max_length=2048)
     monkeypatch.setenv('HOMELAB_FT_PROBES', str(tmp_path / 'probes.json'))
     monkeypatch.setattr(page, 'detect_machine', lambda: SimpleNamespace(device='cpu', total_bytes=64 * GiB, gpu_name=None))
-    monkeypatch.setattr(page, 'live_card', lambda: None)
-    assert settle(config, [2048]) == (config, None)
+    monkeypatch.setattr(page, 'live_gpu', lambda: None)
+    assert autoconfigure(config, [2048]) == (config, None)
     monkeypatch.setattr(page, 'detect_machine', lambda: SimpleNamespace(device='cuda', total_bytes=24 * GiB, gpu_name='A card'))
-    assert settle(config, [2048]) == settle(config, [2048], 24 * GiB)
-    monkeypatch.setattr(page, 'live_card', lambda: SimpleNamespace(usable_bytes=12 * GiB))       # somebody else has the rest
-    assert settle(config, [2048]) == settle(config, [2048], 12 * GiB)
+    assert autoconfigure(config, [2048]) == autoconfigure(config, [2048], 24 * GiB)
+    monkeypatch.setattr(page, 'live_gpu', lambda: SimpleNamespace(usable_bytes=12 * GiB))       # somebody else has the rest
+    assert autoconfigure(config, [2048]) == autoconfigure(config, [2048], 12 * GiB)
     (tmp_path / 'probes.json').write_text('{"A card": {"correction": 300000000}, "Another": {"correction": 7}}')      # and its context is larger than elsewhere
-    (here, chosen), (there, usual) = settle(config, [2048]), settle(config, [2048], 12 * GiB)
-    assert settle(config, [2048], 12 * GiB, 300_000_000) == (here, chosen) and here == there
+    (here, chosen), (there, usual) = autoconfigure(config, [2048]), autoconfigure(config, [2048], 12 * GiB)
+    assert autoconfigure(config, [2048], 12 * GiB, 300_000_000) == (here, chosen) and here == there
     assert estimate_for(here, SHAPES['Llama-3.1-8B'], correction=300_000_000).peak - estimate_for(here, SHAPES['Llama-3.1-8B']).peak == 300_000_000
 
 
 def test_long_answers_are_planned_for():
-    short, long = (settle(make_config(model='Llama-2-7B', max_length=512, max_new_tokens=n), [512], 40 * GiB)[1] for n in (16, 3000))
+    short, long = (autoconfigure(make_config(model='Llama-2-7B', max_length=512, max_new_tokens=n), [512], 40 * GiB)[1] for n in (16, 3000))
     assert long.memory.phases['generation']['activations'] > short.memory.phases['generation']['activations'] + GiB

@@ -10,9 +10,9 @@ from hypothesis import given, settings, strategies as st
 from homelab_ft.core import GiB
 from homelab_ft.config import make_config
 from homelab_ft.plan.memory import inference as later
-from homelab_ft.plan.memory.inference import LATER, evaluation_bytes, generation_bytes, kv_cache_bytes, logits_bytes, merge_bytes
+from homelab_ft.plan.memory.inference import INFERENCE_PHASES, evaluation_bytes, generation_bytes, kv_cache_bytes, logits_bytes, merge_bytes
 from homelab_ft.plan.model_shape import known_shapes, model_shape
-from homelab_ft.plan.memory.estimate import PARTS, estimate, estimate_for, estimate_table, fitted, verdict
+from homelab_ft.plan.memory.estimate import PARTS, estimate, estimate_for, estimate_table, estimate_with_checkpointing, verdict
 from homelab_ft.plan.memory.static import METHODS, adapter_params, weight_bytes
 
 torch = pytest.importorskip('torch')
@@ -75,7 +75,7 @@ def test_plans_know_how_many_logits_there_are_at_a_time():
     from homelab_ft.plan.memory import padded_step as plain
     from homelab_ft.train.engine import padded as engine
     from homelab_ft.train.engine.ops import chunked_loss as loss
-    assert (later.SLICE, plain.LEAN_LOGITS, plain.AT_ONCE) == (engine.LOGITS_AT_ONCE, loss.LEAN_LOGITS, loss.AT_ONCE)
+    assert (later.SLICE, plain.INPLACE_LOGITS, plain.MAX_CHUNK_VALUES) == (engine.LOGITS_AT_ONCE, loss.INPLACE_LOGITS, loss.MAX_CHUNK_VALUES)
 
 
 def test_the_kept_figures_are_todays():
@@ -164,9 +164,9 @@ WISHES = dict(method=st.sampled_from(METHODS), batch_size=st.integers(1, 16), le
 @settings(max_examples=100, deadline=None)
 def test_every_run_has_all_phases(name, wishes):
     est = estimate(SHAPES[name], **wishes)
-    assert [*est.phases][-3:] == [*LATER] and est.step_peak <= est.peak == max(sum(parts.values()) for parts in est.phases.values())
-    for name in LATER[1:]: assert est.phases[name]['optimizer'] == est.phases[name]['gradients'] == 0
-    for name in LATER: assert all(isinstance(n, int) and n >= 0 for n in est.phases[name].values())
+    assert [*est.phases][-3:] == [*INFERENCE_PHASES] and est.step_peak <= est.peak == max(sum(parts.values()) for parts in est.phases.values())
+    for name in INFERENCE_PHASES[1:]: assert est.phases[name]['optimizer'] == est.phases[name]['gradients'] == 0
+    for name in INFERENCE_PHASES: assert all(isinstance(n, int) and n >= 0 for n in est.phases[name].values())
     assert est.phases['evaluation']['optimizer'] == est.phases['optimizer step']['optimizer']
 
 

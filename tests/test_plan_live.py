@@ -31,7 +31,7 @@ def nvml(**answers):
 
 
 def test_everything():
-    live = L.read_live(nvml(**FULL), 'card')
+    live = L.read_gpu_status(nvml(**FULL), 'card')
     assert (live.total_bytes, live.free_bytes, live.reserved_bytes, live.usable_bytes) == (1000, 300, 50, 950)
     assert (live.power_watts, live.power_limit_watts, live.slowed_by) == (250, 300, [])
     assert live.processes == [L.Process(2**30, 'python', 600)]
@@ -43,7 +43,7 @@ def test_everything():
 def test_one_answer_less(question, how):
     "Each figure fails alone."
     answers = {q: a for q, a in FULL.items() if q != question} | ({question: Error('not supported')} if how == 'refused' else {})
-    live, whole = L.read_live(nvml(**answers), 'card'), L.read_live(nvml(**FULL), 'card')
+    live, whole = L.read_gpu_status(nvml(**answers), 'card'), L.read_gpu_status(nvml(**FULL), 'card')
     lost = {f for f in vars(whole) if getattr(live, f) != getattr(whole, f)}
     if question in FIELDS: assert lost == {FIELDS[question]} and getattr(live, FIELDS[question]) is None
     elif question == 'DeviceGetMemoryInfo': assert lost == {'total_bytes', 'free_bytes', 'reserved_bytes'} and live.usable_bytes is None
@@ -55,7 +55,7 @@ def test_one_answer_less(question, how):
 def test_any_silence_is_shown(missing, refused):
     "Whatever is not said, there is a table without holes and without an exception."
     answers = {q: Error('unknown') if q in refused else a for q, a in FULL.items() if q not in missing}
-    live = L.read_live(nvml(**answers), 'card')
+    live = L.read_gpu_status(nvml(**answers), 'card')
     assert 'None' not in str(live) and all(all(row) for row in L.live_table(live).rows)
 
 
@@ -65,7 +65,7 @@ def test_old_driver():
         if version: raise Error('function not found')
         return SimpleNamespace(total=1000, free=300)
     answers = {k: v for k, v in FULL.items() if k != 'DeviceGetCurrentClocksEventReasons'}
-    live = L.read_live(nvml(**answers | dict(DeviceGetMemoryInfo=memory, DeviceGetName=b'Old', DeviceGetCurrentClocksThrottleReasons=0x40)), 'card')
+    live = L.read_gpu_status(nvml(**answers | dict(DeviceGetMemoryInfo=memory, DeviceGetName=b'Old', DeviceGetCurrentClocksThrottleReasons=0x40)), 'card')
     assert (live.name, live.total_bytes, live.reserved_bytes, live.usable_bytes) == ('Old', 1000, None, None)
     assert live.slowed_by == ['heat, slowed by the hardware']
 
@@ -86,7 +86,7 @@ def test_reasons_are_those_of_the_library():
 
 def programs(compute, graphics, **more):
     lists = dict(DeviceGetComputeRunningProcesses=compute, DeviceGetGraphicsRunningProcesses=graphics)
-    return L.read_live(nvml(**FULL | lists | more), 'card').processes
+    return L.read_gpu_status(nvml(**FULL | lists | more), 'card').processes
 
 
 def test_programs_that_draw_and_compute_count_once():
@@ -98,9 +98,9 @@ def test_programs_that_draw_and_compute_count_once():
 
 def test_nobody_on_the_card_is_not_the_same_as_not_known():
     empty = dict(DeviceGetComputeRunningProcesses=[], DeviceGetGraphicsRunningProcesses=[])
-    assert ['on the card', 'none'] in L.live_table(L.read_live(nvml(**FULL | empty), 'card')).rows
+    assert ['on the card', 'none'] in L.live_table(L.read_gpu_status(nvml(**FULL | empty), 'card')).rows
     hidden = dict.fromkeys(empty, Error('no permission'))
-    assert 'on the card' not in str(L.read_live(nvml(**FULL | hidden), 'card'))
+    assert 'on the card' not in str(L.read_gpu_status(nvml(**FULL | hidden), 'card'))
 
 
 @pytest.mark.parametrize('said, name', [(b'/usr/bin/python3 -m train', 'python3'), ('C:\\Games\\game.exe', 'game.exe'), (b'\xff', '\ufffd')])
@@ -114,21 +114,21 @@ def test_this_process_is_named_by_the_kernel():
 
 
 def test_markup_in_a_name():
-    live = L.read_live(nvml(**FULL | dict(DeviceGetName='<script>', SystemGetProcessName='<b>')), 'card')
+    live = L.read_gpu_status(nvml(**FULL | dict(DeviceGetName='<script>', SystemGetProcessName='<b>')), 'card')
     assert '<script>' not in live._repr_html_() and '<b>' not in live._repr_html_()
 
 
 def test_without_a_card(monkeypatch):
     monkeypatch.setitem(sys.modules, 'pynvml', None)
-    assert L.live_card() is None
+    assert L.live_gpu() is None
 
 
 def test_with_a_card(monkeypatch):
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
     monkeypatch.setitem(sys.modules, 'pynvml', nvml(**FULL, Init=None, DeviceGetHandleByIndex='card'))
-    assert L.live_card().temperature == 70
+    assert L.live_gpu().temperature == 70
 
 
 def test_no_torch():
-    code = 'import sys, homelab_ft.hardware.gpu as l; l.live_card(); sys.exit("torch" in sys.modules)'
+    code = 'import sys, homelab_ft.hardware.gpu as l; l.live_gpu(); sys.exit("torch" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0

@@ -12,7 +12,7 @@ from homelab_ft.plan.trace.symbolic_terms import largest, paired, phase_bytes, p
 SIZES = dict(n=512, r=16, i=256)
 
 
-def rehearsed(level, layers, n, r, i):
+def rehearsed(policy, layers, n, r, i):
     "The ledger of two steps of a small Llama, uncompiled."
     rehearse = pytest.importorskip('homelab_ft.plan.trace.dry_run')
     raw = dict(model_type='llama', hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64, intermediate_size=i, vocab_size=1024,
@@ -21,15 +21,15 @@ def rehearsed(level, layers, n, r, i):
     gc.collect()
     gc.disable()        # deaths come in order
     try:
-        witness, _ = rehearse.rehearse(config, rehearse.Scene(raw=raw, levels=[level] * layers, shape=(2 * n, 512, 8), gradients=False))
+        witness, _ = rehearse.rehearse(config, rehearse.DryRunSpec(raw=raw, policies=[policy] * layers, shape=(2 * n, 512, 8), gradients=False))
         return Ledger(list(witness.book.events), list(witness.book.marks), dict(witness.book.kinds))
     finally: gc.enable()
 
 
-def told(level, layers):
+def told(policy, layers):
     "Every moment as a sum of products."
-    doubled = {x: rehearsed(level, layers, **SIZES | {x: 2 * n}) for x, n in SIZES.items()}
-    book = rehearsed(level, layers, **SIZES)
+    doubled = {x: rehearsed(policy, layers, **SIZES | {x: 2 * n}) for x, n in SIZES.items()}
+    book = rehearsed(policy, layers, **SIZES)
     return terms.moments(book, terms.births(book, doubled, SIZES))
 
 
@@ -44,11 +44,11 @@ def most(book):
     return found
 
 
-@pytest.mark.parametrize('level', ['keep', 'layer'])
-def test_the_formula_of_a_toy_says_what_a_trace_of_any_size_says(level):
-    two, three = told(level, 2), told(level, 3)
+@pytest.mark.parametrize('policy', ['none', 'layer'])
+def test_the_formula_of_a_toy_says_what_a_trace_of_any_size_says(policy):
+    two, three = told(policy, 2), told(policy, 3)
     for layers, sizes in [(5, dict(n=1536, r=48, i=704)), (2, dict(n=320, r=64, i=1024))]:
-        wanted = most(rehearsed(level, layers, **sizes))
+        wanted = most(rehearsed(policy, layers, **sizes))
         for phase in ('forward', 'loss', 'backward'):
             found = phase_bytes(largest(paired(two[1, phase], three[1, phase])), sizes, layers)
             assert found == pytest.approx(wanted[1, phase], rel=1e-3), (phase, layers)

@@ -159,9 +159,9 @@ def test_always_sane(name, wishes):
     est = estimate(SHAPES[name], **wishes)
     assert all(isinstance(size, int) and size >= 0 for phase in est.phases.values() for size in phase.values())
     assert est.peak == max(sum(p.values()) for p in est.phases.values()) == sum(est.phases[est.phase].values())
-    assert all(tuple(p) == PARTS for p in est.phases.values()) and est.allocated + est.overhead == est.peak and sum(est.levels.values()) == SHAPES[name].num_hidden_layers
+    assert all(tuple(p) == PARTS for p in est.phases.values()) and est.allocated + est.overhead == est.peak and sum(est.policies.values()) == SHAPES[name].num_hidden_layers
     assert est.fits(est.peak, margin=0) and est.fits(est.needed, margin=0) and not est.fits(est.needed, margin=0.05)
-    assert 0 <= est.peak - est.needed <= est.gaps <= max(parts['overhead'] for parts in est.phases.values()) and (est.step != 'fast' or 'offload' in est.levels or not est.gaps)
+    assert 0 <= est.peak - est.needed <= est.gaps <= max(parts['overhead'] for parts in est.phases.values()) and (est.step != 'fast' or 'offload' in est.policies or not est.gaps)
 
 
 @given(name=st.sampled_from(sorted(SHAPES)), wishes=st.fixed_dictionaries(WISHES), field=st.sampled_from(['lora_r', 'batch_size', 'length']))

@@ -11,10 +11,10 @@ from transformers import (AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM,
                           Qwen3ForCausalLM)
 
 from homelab_ft.train.engine.ops import varlen_attention as attention
-from homelab_ft.train.engine.ops.varlen_attention import GROUPED, NAME, attend, even_attention, fastest_kernel, masked_attention, row_mask, use_rows, varlen_attention, why_stock_attention
+from homelab_ft.train.engine.ops.varlen_attention import GROUPED, NAME, attend, even_attention, fastest_kernel, masked_attention, row_mask, use_varlen_attention, varlen_attention, why_stock_attention
 from homelab_ft.train.engine.padded import accumulate, mean_nll
 from homelab_ft.train.engine.batching import collate
-from homelab_ft.train.engine.packing import flat_batch, shape_of
+from homelab_ft.train.engine.packing import collate_packed, bucket_shape
 
 SMALL = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
 FAMILIES = {'llama': (LlamaConfig, LlamaForCausalLM, {}), 'qwen3': (Qwen3Config, Qwen3ForCausalLM, dict(head_dim=8)),
@@ -30,7 +30,7 @@ def toy(name, **more):
     return model(config(**SMALL, **settings, **more))
 
 
-class Rows:
+class PackedStep:
     def __init__(self, lengths, seed=0):
         rng = np.random.default_rng(seed)
         self.lengths = np.array(lengths)
@@ -42,7 +42,7 @@ class Rows:
 
 def flat(cache, grain=16, device='cpu'):
     rows, n = list(range(len(cache))), sum(cache.learned())
-    arrays = flat_batch(cache, rows, shape_of(cache.lengths, cache.learned(), rows, grain, max(cache.lengths)), int(max(cache.lengths)), n)
+    arrays = collate_packed(cache, rows, bucket_shape(cache.lengths, cache.learned(), rows, grain, max(cache.lengths)), int(max(cache.lengths)), n)
     return {k: torch.from_numpy(v).to(device) for k, v in arrays.items()}
 
 
@@ -177,10 +177,10 @@ def test_arguments_that_change_attention_are_refused(more):
 @pytest.mark.parametrize('lengths', [UNEVEN, EVEN])
 @pytest.mark.parametrize('name', FAMILIES)
 def test_parity_of_loss_and_gradient_with_stock_sdpa_on_padded_rows(name, lengths):
-    model, cache = toy(name), Rows(lengths)
+    model, cache = toy(name), PackedStep(lengths)
     loss, expected = stock(model, cache)
     assert model.config._attn_implementation == 'sdpa' and why_stock_attention(model) == ''
-    use_rows(model)
+    use_varlen_attention(model)
     for grain, even in ((16, False), (1, False), *([(1, True)] if lengths is EVEN else [])):
         got = flat_loss(model, flat(cache, grain), max(lengths), even)
         got.backward()
@@ -188,8 +188,8 @@ def test_parity_of_loss_and_gradient_with_stock_sdpa_on_padded_rows(name, length
 
 
 def test_the_filling_changes_nothing_and_is_defined():
-    model, cache = toy('llama'), Rows(UNEVEN)
-    use_rows(model)
+    model, cache = toy('llama'), PackedStep(UNEVEN)
+    use_varlen_attention(model)
     losses = []
     for grain in (1, 16, 64):
         b = flat(cache, grain)
@@ -200,9 +200,9 @@ def test_the_filling_changes_nothing_and_is_defined():
 
 
 def test_parity_of_compiled_layers():
-    model, cache = toy('qwen3'), Rows(UNEVEN)
+    model, cache = toy('qwen3'), PackedStep(UNEVEN)
     loss, expected = stock(model, cache)
-    use_rows(model)
+    use_varlen_attention(model)
     for layer in model.model.layers: layer.forward = torch.compile(type(layer).forward, fullgraph=True, backend='aot_eager').__get__(layer)
     got = flat_loss(model, flat(cache), 13)
     got.backward()
@@ -212,16 +212,16 @@ def test_parity_of_compiled_layers():
 def test_transformers_builds_no_mask_for_rows_end_to_end(monkeypatch):
     from transformers import masking_utils
     model = toy('mistral')
-    use_rows(model)
+    use_varlen_attention(model)
     def built(*_, **__): raise AssertionError('a mask was built')
     monkeypatch.setattr(masking_utils, 'find_packed_sequence_indices', built)
-    flat_loss(model, flat(Rows(UNEVEN)), 13)
+    flat_loss(model, flat(PackedStep(UNEVEN)), 13)
     with pytest.raises(AssertionError): model(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=False)     # the check does check
 
 
 @pytest.mark.parametrize('name', ['llama', 'mistral', 'gemma3'])
 def test_rectangles_are_exactly_as_before(name):
-    model, cache = toy(name).eval(), Rows(UNEVEN)
+    model, cache = toy(name).eval(), PackedStep(UNEVEN)
     ids, seen = torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(0)), torch.ones(2, 12, dtype=torch.long)
     seen[0, :3] = 0
     def all_ways():
@@ -230,14 +230,14 @@ def test_rectangles_are_exactly_as_before(name):
             tokens = model.generate(input_ids=ids, attention_mask=seen, max_new_tokens=6, do_sample=False, pad_token_id=0)
         return logits, tokens, mean_nll(model, cache)
     before = all_ways()
-    use_rows(model)
+    use_varlen_attention(model)
     after = all_ways()
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1]) and before[2] == after[2]
 
 
 def test_use_rows_twice_is_use_rows_once():
     model = toy('llama')
-    use_rows(model), use_rows(model)
+    use_varlen_attention(model), use_varlen_attention(model)
     assert len(model.base_model._forward_pre_hooks) == 1 and model.config._attn_implementation == NAME
 
 
@@ -245,7 +245,7 @@ def test_a_model_set_back_to_sdpa_is_itself_again():
     model = toy('mistral').eval()
     ids = torch.randint(1, 96, (2, 12))
     before = model(input_ids=ids).logits
-    use_rows(model)
+    use_varlen_attention(model)
     model.config._attn_implementation = 'sdpa'
     assert torch.equal(model(input_ids=ids).logits, before)
     kept = attention._finished_mask(model.base_model, (), dict(cu_seqlens=torch.zeros(2), attention_mask=None))
@@ -309,12 +309,12 @@ def test_parity_of_the_variable_length_kernel_with_the_mask(groups, window):
 @card
 @pytest.mark.parametrize('name', FAMILIES)
 def test_parity_of_bf16_models_on_a_card(name):
-    model, cache = toy(name).cuda().bfloat16(), Rows(UNEVEN)
+    model, cache = toy(name).cuda().bfloat16(), PackedStep(UNEVEN)
     reference = toy(name).cuda()
     for p, q in zip(reference.parameters(), model.parameters()): p.data.copy_(q.data)
     _, exact = stock(reference, cache)
     _, padded = stock(model, cache)
-    use_rows(model)
+    use_varlen_attention(model)
     flat_loss(model, flat(cache, device='cuda'), 13).backward()
     assert distance(gradient(model), exact) < 1.5 * distance(padded, exact) + 0.01
 

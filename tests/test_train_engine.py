@@ -14,9 +14,9 @@ from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2F
 from homelab_ft.config import make_config
 from homelab_ft.train.engine import padded as engine
 from homelab_ft.train.engine.batching import ONE_ROW, batch_order, collate, in_batches, padding_share
-from homelab_ft.train.engine.padded import accumulate, count_labels, decoder_and_head, label_nll, mean_nll, odd_parts, precision
+from homelab_ft.train.engine.padded import accumulate, count_labels, decoder_and_head, label_nll, mean_nll, unsupported_reason, precision
 from homelab_ft.train.lora import attach_lora
-from homelab_ft.train.base_model import load_base, memory_advice
+from homelab_ft.train.base_model import load_base, explain_oom
 
 SMALL = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
 FAMILIES = {'llama': (LlamaConfig, LlamaForCausalLM, dict(tie_word_embeddings=True)), 'qwen3': (Qwen3Config, Qwen3ForCausalLM, dict(head_dim=8)),
@@ -24,7 +24,7 @@ FAMILIES = {'llama': (LlamaConfig, LlamaForCausalLM, dict(tie_word_embeddings=Tr
             'gemma2': (Gemma2Config, Gemma2ForCausalLM, dict(head_dim=8, sliding_window=5)), 'granite': (GraniteConfig, GraniteForCausalLM, dict(logits_scaling=2.0))}
 
 
-class Rows:
+class PackedStep:
     def __init__(self, rows): self.rows, self.lengths = rows, np.array([len(ids) for ids, _ in rows])
     def row(self, i): return self.rows[i]
     def __len__(self): return len(self.rows)
@@ -37,7 +37,7 @@ def random_rows(n=5, seed=0, vocab=96):
         mask = (rng.random(length) < 0.4).astype(np.uint8)
         mask[-1] = 1
         rows.append((rng.integers(1, vocab, length).astype(np.int32), mask))
-    return Rows(rows)
+    return PackedStep(rows)
 
 
 def reference(model, batch):
@@ -134,7 +134,7 @@ def test_bfloat16_stays_near_float32():
 
 def test_a_batch_without_labels_is_worth_nothing():
     model = attach_lora(load_base('embedded'), make_config(lora_r=4))
-    rows = Rows([(np.array([5, 6, 7], np.int32), np.zeros(3, np.uint8)), (np.array([5, 6, 7], np.int32), np.array([0, 0, 1], np.uint8))])
+    rows = PackedStep([(np.array([5, 6, 7], np.int32), np.zeros(3, np.uint8)), (np.array([5, 6, 7], np.int32), np.array([0, 0, 1], np.uint8))])
     alone = accumulate(model, [collate(rows, [1], 0)])
     both = accumulate(model, [collate(rows, [0], 0), collate(rows, [1], 0)])
     assert alone[1] == both[1] == 1 and alone[0].item() == both[0].item()
@@ -174,7 +174,7 @@ def test_squashed_logits_are_made_where_they_are_learned(cap, peft):
     loss, n = accumulate(model, [batch])
     assert seen == [(n,)] and abs(loss.item() - expected.item()) <= 1e-5 * expected.item()
     assert wanted and all((p.grad - wanted[n]).norm() <= 1e-5 * wanted[n].norm() + 1e-8 for n, p in model.named_parameters() if n in wanted)
-    assert (decoder_and_head(model) is None) == bool(odd_parts(model)) == (cap is not None)
+    assert (decoder_and_head(model) is None) == bool(unsupported_reason(model)) == (cap is not None)
 
 
 def test_squashing_shows_in_these_tests():
@@ -272,7 +272,7 @@ def test_one_row_that_is_too_much_raises_the_error_as_it_is(error, tries):
         raise raised
     with pytest.raises(error) as seen: list(in_batches([1, 2, 3, 4, 5], 4, work))
     assert seen.value is raised and tried == tries
-    advice = str(memory_advice(raised)) if error is torch.OutOfMemoryError else ''
+    advice = str(explain_oom(raised)) if error is torch.OutOfMemoryError else ''
     assert (ONE_ROW in advice and 'smaller max_length' in advice and 'halve' not in advice) == bool(advice)
 
 

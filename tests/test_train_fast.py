@@ -13,13 +13,13 @@ from homelab_ft.data.tokenize import make_cache, save_cache
 from homelab_ft.io import read_jsonl
 from homelab_ft.train.engine import autotune as fast, memory_budget as fit
 from homelab_ft.train import trainer as training, schedule as steps
-from homelab_ft.train.engine.padded import Rectangles
+from homelab_ft.train.engine.padded import PaddedStep
 from homelab_ft.train.engine.autotune import prepare
-from homelab_ft.train.engine.memory_budget import Options
+from homelab_ft.train.engine.memory_budget import StepOptions
 from homelab_ft.train.lora import attach_lora
-from homelab_ft.train.engine.ops.chunked_loss import chunk_rows
+from homelab_ft.train.engine.ops.chunked_loss import chunk_size
 from homelab_ft.train.base_model import load_base
-from homelab_ft.train.engine.packed import Rows
+from homelab_ft.train.engine.packed import PackedStep
 from homelab_ft.train.run_folder import create_run, status
 
 SIZES = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
@@ -55,23 +55,23 @@ def apart(a, b): return float((a[1] - b[1]).norm() / b[1].norm())
 def test_parity_of_a_step_with_the_plain_one(kind, smoothing):
     torch.manual_seed(0)
     model, cache, micro = adapted(MODELS[kind]()), rows(), [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13]]
-    plain = gradient(Rectangles(model, 'plain', label_smoothing=smoothing), cache, micro)
-    step = prepare(model, Options(longest=40, budget=90, grain=16, label_smoothing=smoothing))
-    assert isinstance(step, Rows), step.paths
+    plain = gradient(PaddedStep(model, 'plain', label_smoothing=smoothing), cache, micro)
+    step = prepare(model, StepOptions(longest=40, budget=90, grain=16, label_smoothing=smoothing))
+    assert isinstance(step, PackedStep), step.paths
     assert apart(gradient(step, cache, micro), plain) < 1e-5 and step.paths['lora'] == 'on'
-    for levels in (['layer'] * 3, ['mlp'] * 3, ['keep', 'mlp', 'offload']):
-        step.set_levels(levels)
+    for policies in (['layer'] * 3, ['mlp'] * 3, ['none', 'mlp', 'offload']):
+        step.apply_policies(policies)
         assert apart(gradient(step, cache, micro), plain) < 1e-5
     step.restore()
-    assert apart(gradient(Rectangles(model, 'plain', label_smoothing=smoothing), cache, micro), plain) == 0
+    assert apart(gradient(PaddedStep(model, 'plain', label_smoothing=smoothing), cache, micro), plain) == 0
 
 
 @pytest.mark.parametrize('settings', [dict(use_rslora=True), dict(use_dora=True), dict(lora_bias=True)], ids=str)
 def test_parity_with_every_kind_of_adapter(settings):
     torch.manual_seed(0)
     model, cache, micro = adapted(MODELS['llama'](), **settings), rows(), [list(range(14))]
-    plain = gradient(Rectangles(model, 'plain'), cache, micro)
-    step = prepare(model, Options(longest=40, budget=90, grain=16))
+    plain = gradient(PaddedStep(model, 'plain'), cache, micro)
+    step = prepare(model, StepOptions(longest=40, budget=90, grain=16))
     assert apart(gradient(step, cache, micro), plain) < 1e-5
     assert (step.paths['lora'] == 'on') == ('use_rslora' in settings)
 
@@ -81,13 +81,13 @@ def test_parity_in_bfloat16_is_no_further_from_float32_than_the_plain_step():
     base, cache, micro = MODELS['llama'](), rows(40), [list(range(40))]
     wide = adapted(base)
     state = {k: v.clone() for k, v in wide.state_dict().items()}
-    exact = gradient(Rectangles(wide, 'float32'), cache, micro)
+    exact = gradient(PaddedStep(wide, 'float32'), cache, micro)
     half = adapted(MODELS['llama']().to(torch.bfloat16))
     half.load_state_dict(state)
     for p in half.parameters():
         if p.requires_grad: p.data = p.data.float()
-    plain = gradient(Rectangles(half, 'plain'), cache, micro)
-    step = prepare(half, Options(longest=40, budget=400, grain=16))
+    plain = gradient(PaddedStep(half, 'plain'), cache, micro)
+    step = prepare(half, StepOptions(longest=40, budget=400, grain=16))
     assert step.paths['lora'] == 'on' and apart(gradient(step, cache, micro), exact) <= 1.1 * apart(plain, exact)
 
 
@@ -104,9 +104,9 @@ def test_parity_of_merged_matrices_that_are_held(tmp_path):
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**SIZES)).to(torch.bfloat16).save_pretrained(tmp_path)
     cache, micro = rows(40), [list(range(40))]
-    exact, model = gradient(Rectangles(four_bits(tmp_path, 'float32'), 'exact'), cache, micro), four_bits(tmp_path, 'bfloat16')
-    plain = gradient(Rectangles(model, 'plain'), cache, micro)
-    step = prepare(model, Options(longest=40, budget=400, grain=16))
+    exact, model = gradient(PaddedStep(four_bits(tmp_path, 'float32'), 'exact'), cache, micro), four_bits(tmp_path, 'bfloat16')
+    plain = gradient(PaddedStep(model, 'plain'), cache, micro)
+    step = prepare(model, StepOptions(longest=40, budget=400, grain=16))
     for room, held in ((0, 0), (2**17, 1), (2**30, 3)):         # a layer takes 36,864 values of 2 bytes
         assert step.copies.hold(step.layers, room) == held
         assert apart(gradient(step, cache, micro), exact) <= 1.1 * apart(plain, exact)
@@ -123,7 +123,7 @@ def test_parity_of_merged_matrices_that_are_held(tmp_path):
 def test_a_loss_that_is_added_up_over_steps_starts_anew():
     torch.manual_seed(0)
     model, cache = adapted(MODELS['llama']()), rows()
-    step = prepare(model, Options(longest=40, budget=90, grain=16))
+    step = prepare(model, StepOptions(longest=40, budget=90, grain=16))
     first = step.accumulate(cache, [[0, 1]])
     again = step.accumulate(cache, [[0, 1]])
     assert float(first[0]) == float(again[0]) and first[1] == again[1] == sum(int(cache.row(i)[1][1:].sum()) for i in (0, 1))
@@ -132,7 +132,7 @@ def test_a_loss_that_is_added_up_over_steps_starts_anew():
 def test_out_of_memory_with_everything_recomputed_is_raised(monkeypatch):
     torch.manual_seed(0)
     model, cache = adapted(MODELS['llama']()), rows()
-    step = prepare(model, Options(longest=40, budget=90, grain=16, checkpointing=True))
+    step = prepare(model, StepOptions(longest=40, budget=90, grain=16, checkpointing=True))
     def full(*_): raise torch.OutOfMemoryError('a card that is full')
     monkeypatch.setattr(step, 'one_pass', full)
     with pytest.raises(torch.OutOfMemoryError): step.accumulate(cache, [[0, 1]])
@@ -141,28 +141,28 @@ def test_out_of_memory_with_everything_recomputed_is_raised(monkeypatch):
 @pytest.mark.parametrize('gib, said', [((3, 2, 3, 0, 1), '90 tokens, 1.00 GiB at least'), ((0,) * 5, '90 tokens')], ids=['too large', 'full'])
 def test_a_pass_that_fits_in_no_way_is_refused_with_advice(monkeypatch, gib, said):
     torch.manual_seed(0)
-    step, tries = prepare(adapted(MODELS['llama']()), Options(longest=40, budget=90, grain=16)), iter(gib)
+    step, tries = prepare(adapted(MODELS['llama']()), StepOptions(longest=40, budget=90, grain=16)), iter(gib)
     monkeypatch.setattr(fit, 'memory_limit', lambda *_: 2**20)
     monkeypatch.setattr(fit, 'peak_bytes', lambda once: next(tries) * 2**30)
     monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda: 0)
     with pytest.raises(HardwareError, match='cannot hold one pass') as e: fast._fit(step, None)
     assert 'per_device_train_batch_size' in str(e.value) and e.value.value == said
-    assert next(tries, None) is None and step.paths['recompute'] == {'offload': 3}       # two levels, the same without the table, then the last
+    assert next(tries, None) is None and step.paths['recompute'] == {'offload': 3}       # two policies, the same without the table, then the last
 
 
 def test_compilation_that_fails_or_lies_is_left_out(monkeypatch):
     torch.manual_seed(0)
-    step = prepare(adapted(MODELS['llama']()), Options(longest=40, budget=90, grain=16))
-    cache, fitted = rows(), []
+    step = prepare(adapted(MODELS['llama']()), StepOptions(longest=40, budget=90, grain=16))
+    cache, estimate_with_checkpointing = rows(), []
     monkeypatch.setattr(fit, 'memory_limit', lambda *_: 2**40)
-    monkeypatch.setattr(fast, '_fit', lambda step, once: (fitted.append(step.run), step.set_levels(['keep'] * 3)))
+    monkeypatch.setattr(fast, '_fit', lambda step, once: (estimate_with_checkpointing.append(step.run), step.apply_policies(['none'] * 3)))
     once = lambda: step.accumulate(cache, [[0, 1, 2]])[0]
     monkeypatch.setattr(fast.recompute, 'compiled', lambda layers: lambda layer, h, *a, **k: type(layer).forward(layer, h * 0.5, *a, **k))
     fast._compiled_fit(step, once)
-    assert 'away from the plain one' in step.paths['compile'] and step.run is None and len(fitted) == 2
+    assert 'away from the plain one' in step.paths['compile'] and step.run is None and len(estimate_with_checkpointing) == 2
     def unsupported(*_, **__): raise torch._dynamo.exc.Unsupported('no such thing\nmore')
     monkeypatch.setattr(fast.recompute, 'compiled', lambda layers: unsupported)
-    monkeypatch.setattr(fast, '_fit', lambda step, once: (step.set_levels(['keep'] * 3), once()))
+    monkeypatch.setattr(fast, '_fit', lambda step, once: (step.apply_policies(['none'] * 3), once()))
     fast._compiled_fit(step, once)
     assert step.paths['compile'] == 'no such thing' and step.run is None
 
@@ -170,7 +170,7 @@ def test_compilation_that_fails_or_lies_is_left_out(monkeypatch):
 @pytest.mark.parametrize('vocab', [1000, 15_000])
 def test_the_loss_takes_fewer_positions_where_the_card_is_nearly_full(monkeypatch, vocab):
     torch.manual_seed(0)
-    step, chunks = prepare(adapted(MODELS['llama']()), Options(longest=40, budget=90, grain=16)), []
+    step, chunks = prepare(adapted(MODELS['llama']()), StepOptions(longest=40, budget=90, grain=16)), []
     step.head = torch.nn.Linear(8, vocab, bias=False)
     gradients = sum(p.numel() * 4 for p in step.parameters)
     monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda: 0)
@@ -179,13 +179,13 @@ def test_the_loss_takes_fewer_positions_where_the_card_is_nearly_full(monkeypatc
         step.fit_loss(fast.room(step))
         chunks.append(step.chunk)
         assert step.chunk == 128 or step.chunk * vocab * 16 <= gib * 2**30 / 4
-    assert chunks == sorted(chunks) and chunks[0] == 128 < chunks[2] < chunks[-1] == chunk_rows(vocab)
+    assert chunks == sorted(chunks) and chunks[0] == 128 < chunks[2] < chunks[-1] == chunk_size(vocab)
 
 
 def test_the_embedding_table_leaves_before_the_inputs_of_layers(monkeypatch):
     torch.manual_seed(0)
     model, cache = adapted(MODELS['llama']()), rows()
-    step = prepare(model, Options(longest=40, budget=90, grain=16))
+    step = prepare(model, StepOptions(longest=40, budget=90, grain=16))
     weight, plain = step.model.get_input_embeddings().weight, gradient(step, cache, [[0, 1]])
     table, taken = weight.detach().clone(), []
     def peak(once):
@@ -197,7 +197,7 @@ def test_the_embedding_table_leaves_before_the_inputs_of_layers(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda: 0)
     fast._fit(step, lambda: step.backward(*next(step.passes(cache, [0, 1]))))
     assert step.paths['table'] == 'in host memory' and step.paths['peak_bytes'] == 2**20 - 1
-    assert [t[0] for t in taken] == [{'keep': 3}, {'layer': 3}, {'keep': 3}] and taken[1][1] == table.nbytes and taken[2][1] == 4
+    assert [t[0] for t in taken] == [{'none': 3}, {'layer': 3}, {'none': 3}] and taken[1][1] == table.nbytes and taken[2][1] == 4
     assert apart(gradient(step, cache, [[0, 1]]), plain) < 1e-6
     step.restore()
     assert torch.equal(weight, table)
@@ -209,7 +209,7 @@ def half_step():
     model = adapted(MODELS['llama']().to(torch.bfloat16))
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()
-    return prepare(model, Options(longest=40, budget=90, grain=16))
+    return prepare(model, StepOptions(longest=40, budget=90, grain=16))
 
 
 def test_a_pass_that_breaks_off_leaves_no_gradient_anywhere(monkeypatch):
@@ -226,22 +226,22 @@ def test_a_pass_that_breaks_off_leaves_no_gradient_anywhere(monkeypatch):
 
 def test_a_step_is_taken_again_when_the_error_holds_on_to_nothing(monkeypatch):
     torch.manual_seed(0)
-    step, cache, seen = prepare(adapted(MODELS['llama']()), Options(longest=40, budget=90, grain=16)), rows(), []
-    whole, retreat = step.one_pass, step.retreat
+    step, cache, seen = prepare(adapted(MODELS['llama']()), StepOptions(longest=40, budget=90, grain=16)), rows(), []
+    whole, downgrade_after_oom = step.one_pass, step.downgrade_after_oom
     def full(*_): raise torch.OutOfMemoryError('a card that is full')
     def note():
         seen.append(sys.exc_info()[0])
         step.one_pass = whole
-        return retreat()
-    step.one_pass, step.retreat = full, note
-    plain = fit.gradient_of(step.model, lambda: Rectangles.accumulate(Rectangles(step.model, 'plain'), cache, [[0, 1]])[0])
+        return downgrade_after_oom()
+    step.one_pass, step.downgrade_after_oom = full, note
+    plain = fit.gradient_of(step.model, lambda: PaddedStep.accumulate(PaddedStep(step.model, 'plain'), cache, [[0, 1]])[0])
     assert apart(gradient(step, cache, [[0, 1]]), plain) < 1e-5
     assert seen == [None]
 
 
 def test_a_full_card_gives_up_speed_first_and_what_layers_keep_only_then(monkeypatch):
     torch.manual_seed(0)
-    step, cache, seen = prepare(adapted(MODELS['llama']()), Options(longest=40, budget=90, grain=16)), rows(), []
+    step, cache, seen = prepare(adapted(MODELS['llama']()), StepOptions(longest=40, budget=90, grain=16)), rows(), []
     plain = gradient(step, cache, [[0, 1]])
     step.lane, step.graphs = 'where passes are recorded', {'a shape': 'a recording'}
     whole = step.one_pass
@@ -250,9 +250,9 @@ def test_a_full_card_gives_up_speed_first_and_what_layers_keep_only_then(monkeyp
         if len(seen) < 3: raise torch.OutOfMemoryError('a card that is full')
         return whole(*given)
     monkeypatch.setattr(step, 'one_pass', full_twice)
-    monkeypatch.setattr(step, 'on_lane', contextlib.nullcontext)
+    monkeypatch.setattr(step, 'on_capture_stream', contextlib.nullcontext)
     total, _ = step.accumulate(cache, [[0, 1]])
-    assert seen[:3] == [('where passes are recorded', {'keep': 3}), (None, {'keep': 3}), (None, {'layer': 3})] and not step.graphs
+    assert seen[:3] == [('where passes are recorded', {'none': 3}), (None, {'none': 3}), (None, {'layer': 3})] and not step.graphs
     assert float(total) == pytest.approx(plain[0], abs=1e-6)
     seen.clear()
     with pytest.raises(torch.OutOfMemoryError, match='a card that is full'): step.accumulate(cache, [[0, 1]])
@@ -260,7 +260,7 @@ def test_a_full_card_gives_up_speed_first_and_what_layers_keep_only_then(monkeyp
 
 def test_a_recording_that_leaves_no_room_is_given_up(monkeypatch):
     torch.manual_seed(0)
-    step = prepare(adapted(MODELS['llama']()), Options(longest=40, budget=90, grain=16, reserve=500))
+    step = prepare(adapted(MODELS['llama']()), StepOptions(longest=40, budget=90, grain=16, reserve=500))
     trained = sum(p.numel() * p.element_size() for p in step.parameters)
     monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: None)
     monkeypatch.setattr(torch.cuda, 'memory_reserved', lambda: 10_000)
@@ -271,14 +271,14 @@ def test_a_recording_that_leaves_no_room_is_given_up(monkeypatch):
 @pytest.mark.parametrize('limit, tried', [(2**40, ['layer', 'offload']), (1000, ['offload'])], ids=['the card is full', 'the inputs alone are too much'])
 def test_a_pass_too_long_for_the_plain_way_is_replaced_by_a_short_one(monkeypatch, limit, tried):
     torch.manual_seed(0)
-    step, levels, lengths = prepare(adapted(MODELS['llama']()), Options(longest=4000, budget=4000, grain=16)), [], []
+    step, policies, lengths = prepare(adapted(MODELS['llama']()), StepOptions(longest=4000, budget=4000, grain=16)), [], []
     monkeypatch.setattr(fit, 'memory_limit', lambda *_: limit)
-    whole, backward = step.set_levels, step.backward
-    monkeypatch.setattr(step, 'set_levels', lambda wanted, tile=0: (levels.append(wanted[0]), whole(wanted, tile)))
+    whole, backward = step.apply_policies, step.backward
+    monkeypatch.setattr(step, 'apply_policies', lambda wanted, tile=0: (policies.append(wanted[0]), whole(wanted, tile)))
     monkeypatch.setattr(step, 'backward', lambda batch, even: (lengths.append(batch['input_ids'].shape[1]), backward(batch, even))[1])
     def full(): raise torch.OutOfMemoryError('a card that is full')
     check, (total, found) = fast._plain(step, full)
-    assert levels == tried and lengths == [2560] and np.isfinite(total) and found.norm() > 0
+    assert policies == tried and lengths == [2560] and np.isfinite(total) and found.norm() > 0
     assert apart(fit.gradient_of(step.model, check), (total, found)) == 0 and lengths == [2560] * 2
     monkeypatch.setattr(fit, 'memory_limit', lambda *_: 2**40)
     once = lambda: step.accumulate(rows(), [[0, 1]])[0]
@@ -292,7 +292,7 @@ def test_room_in_host_memory_is_what_the_inputs_leave(monkeypatch):
     assert fast.run_options(config, cache, 0).host_bytes == 20 * 2**30
     assert fast.run_options(config, cache, 0, 2**20).host_bytes == 20 * 2**30 - budget * 2**19
     assert fast.run_options(config, cache, 0, 2**30).host_bytes == 0
-    step = fast.engine_for(adapted(MODELS['llama']()), make_config(padding_free=True, per_device_train_batch_size=2), cache, 'cpu', 'float32')
+    step = fast.build_step(adapted(MODELS['llama']()), make_config(padding_free=True, per_device_train_batch_size=2), cache, 'cpu', 'float32')
     assert step.options.host_bytes == (40 * 2**30 - budget * 3 * 64 * 4) // 2
 
 
@@ -354,9 +354,9 @@ def test_parity_on_a_card_with_everything_on(method, tmp_path):
             if 'lora_B' in name: torch.nn.init.normal_(p, std=0.02)
         return model
     cache, micro = rows(40), [list(range(20)), list(range(20, 40))]
-    exact, model = gradient(Rectangles(loaded('float32'), 'exact'), cache, micro), loaded('bfloat16')
-    plain = gradient(Rectangles(model, 'plain'), cache, micro)
-    step = prepare(model, Options(longest=40, budget=256, grain=64))
+    exact, model = gradient(PaddedStep(loaded('float32'), 'exact'), cache, micro), loaded('bfloat16')
+    plain = gradient(PaddedStep(model, 'plain'), cache, micro)
+    step = prepare(model, StepOptions(longest=40, budget=256, grain=64))
     assert [step.paths[k] for k in ('rows', 'lora', 'loss', 'compile', 'graph')] == ['on'] * 5
     step.zero_grad()
     total, _ = step.accumulate(cache, micro)
@@ -373,12 +373,12 @@ def test_the_host_does_not_wait_for_the_card_within_a_step(tmp_path, settings):
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()
     config = make_config(run_name='r', per_device_train_batch_size=2, max_length=64, packing=True, torch_compile=False, **settings)
-    engine = fast.engine_for(model, config, cache, 'cuda', 'bfloat16')
-    job = steps.Job(create_run(config, tmp_path), config, model, engine, steps.make_optimizer(model, config), cache, None, steps.State(total_steps=20, peak=1e-3), None)
-    for _ in range(4): steps.take_step(job)          # AdamW's states come into being
+    engine = fast.build_step(model, config, cache, 'cuda', 'bfloat16')
+    job = steps.TrainerContext(create_run(config, tmp_path), config, model, engine, steps.make_optimizer(model, config), cache, None, steps.State(total_steps=20, peak=1e-3), None)
+    for _ in range(4): steps.train_step(job)          # AdamW's states come into being
     torch.cuda.set_sync_debug_mode('error')
     try:
-        for _ in range(3): steps.take_step(job)
+        for _ in range(3): steps.train_step(job)
     finally: torch.cuda.set_sync_debug_mode('default')
     assert len(job.pending) == 1 and engine.paths['graph'] == ('switched off' if settings else 'on')
     steps.read_losses(job, 0)

@@ -10,19 +10,19 @@ from homelab_ft.data.chat_template import load_tokenizer
 from homelab_ft.data.tokenize import load_cache
 from homelab_ft.deploy.chat import load_chat
 from homelab_ft.evaluate.compare import held_out_rows, load_evaluation
-from homelab_ft.evaluate.likelihood import row_nll
+from homelab_ft.evaluate.likelihood import sequence_nll
 from homelab_ft.pipeline import check_inputs, new_run, plan_run, quickstart_config, resume_journey, run_journey
 from homelab_ft.train.checkpoint import checkpoints
-from homelab_ft.train.engine.padded import Rectangles, label_nll
+from homelab_ft.train.engine.padded import PaddedStep, label_nll
 from homelab_ft.train.engine.batching import collate
 from homelab_ft.plan.trace.trace import trace
 from homelab_ft.train.full_finetuning import all_weights, fill_folder, load_full
-from homelab_ft.train.engine.ops.chunked_loss import chunk_rows
+from homelab_ft.train.engine.ops.chunked_loss import chunk_size
 from homelab_ft.train.lora import attach, load_adapter, set_adapter
 from homelab_ft.train.base_model import load_base
 from homelab_ft.train.trainer import _engine
 from homelab_ft.train.run_folder import RunFolder, events, history, status
-from homelab_ft.train.engine.full import Whole, whole_step
+from homelab_ft.train.engine.full import FullStep, full_step
 
 SMALL = dict(method='full', learning_rate=5e-4, max_rows=160, max_steps=12, per_device_train_batch_size=4, save_steps=4, eval_steps=6,
              eval_max_rows=16, generate_max_rows=4, n_bootstrap=100, save_total_limit=1)
@@ -56,7 +56,7 @@ def test_base_and_tuned_are_what_the_evaluation_says(whole):
     result, config = load_evaluation(whole), whole.config()
     cache = held_out_rows(whole, config)[0]
     for model, said in ((load_base('embedded', 'full'), result['NLL per token'].base), (load_base(str(whole.adapter_path), 'full'), result['NLL per token'].tuned)):
-        nll, tokens = row_nll(model, cache, progress=False)
+        nll, tokens = sequence_nll(model, cache, progress=False)
         assert abs(nll.sum() / tokens.sum() - said) < 1e-6
     assert result['NLL per token'].gain > 0.1 and result['accuracy'].rows == 16
 
@@ -115,13 +115,13 @@ def test_bfloat16_rounds_the_multiplications_and_not_the_weights(whole):
 def test_a_card_takes_the_plain_step_too():
     config = make_config(method='full', dtype='bfloat16', label_smoothing_factor=0.1)
     engine = _engine(attach(load_base('embedded', 'full'), config, 'bfloat16'), config, None, 'cuda', 'bfloat16')       # as on a card; nothing is computed here
-    assert isinstance(engine, Rectangles) and (engine.paths['rows'], engine.paths['loss'], engine.label_smoothing) == ('all weights learn', 'on', 0.1)
-    assert type(engine) is Whole and type(_engine(engine.model, config, None, 'cpu', 'bfloat16')) is Rectangles
+    assert isinstance(engine, PaddedStep) and (engine.paths['rows'], engine.paths['loss'], engine.label_smoothing) == ('all weights learn', 'on', 0.1)
+    assert type(engine) is FullStep and type(_engine(engine.model, config, None, 'cpu', 'bfloat16')) is PaddedStep
 
 def whole_gradient(model, cache, lean, **how):
     "Loss and gradient of all weights over two passes, in float32."
     model.zero_grad()
-    step = whole_step(model, **how, lean=lean)
+    step = full_step(model, **how, lean=lean)
     total, n = step.accumulate(cache, [[0, 1], [2, 3, 4]])
     if lean: step.hook.remove()
     return total.item(), n, torch.cat([p.grad.float().flatten() for p in model.parameters()])
@@ -129,11 +129,11 @@ def whole_gradient(model, cache, lean, **how):
 @pytest.mark.parametrize('tied', [True, False])
 @pytest.mark.parametrize('how', [{}, dict(label_smoothing=0.1), dict(checkpointing=True)], ids=str)
 def test_parity_of_the_loss_in_chunks_where_all_weights_learn(whole, tied, how, monkeypatch):
-    monkeypatch.setattr('homelab_ft.train.engine.ops.chunked_loss.LEAN_LOGITS', 1)      # the smallest chunks there are
+    monkeypatch.setattr('homelab_ft.train.engine.ops.chunked_loss.INPLACE_LOGITS', 1)      # the smallest chunks there are
     cache, model = load_cache(whole.data_path / 'train.safetensors'), attach(load_base('embedded', 'full'), make_config(method='full'))
     if not tied: model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.1)
     (loss, n, wanted), (chunked, m, found) = (whole_gradient(model, cache, lean, **how) for lean in (False, True))
-    assert n == m > 128 or n == m and chunk_rows(len(model.lm_head.weight), 1) == 128
+    assert n == m > 128 or n == m and chunk_size(len(model.lm_head.weight), 1) == 128
     assert abs(loss - chunked) < 1e-5 * loss and (found - wanted).norm() <= 1e-5 * wanted.norm() and len(found) == PARAMETERS + (not tied) * model.lm_head.weight.numel()
 
 def test_parity_of_the_loss_in_chunks_in_bfloat16(whole):
@@ -147,8 +147,8 @@ def test_parity_of_the_loss_in_chunks_in_bfloat16(whole):
 def test_an_odd_head_keeps_full_logits():
     model = attach(load_base('embedded', 'full'), make_config(method='full'))
     model.config.logit_scale = 2.
-    step = whole_step(model)
-    assert type(step) is Rectangles and 'loss' not in step.paths
+    step = full_step(model)
+    assert type(step) is PaddedStep and 'loss' not in step.paths
 
 def test_whole_models_have_no_full_logits_on_a_card():
     "Rehearsed without one: three quarters of what the logits of all positions took are gone."

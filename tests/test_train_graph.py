@@ -9,8 +9,8 @@ from hypothesis import given, settings, strategies as st
 
 from homelab_ft.train.engine.ops import cuda_graph as module
 from homelab_ft.train.engine.ops.cuda_graph import StepGraph, why_not_replay
-from homelab_ft.train.engine.ops.checkpointing import Recompute
-from homelab_ft.train.engine.ops.offload import Offloaded
+from homelab_ft.train.engine.ops.checkpointing import CheckpointedLayer
+from homelab_ft.train.engine.ops.offload import OffloadedTensor
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no card')
 TYPES = [torch.int64, torch.int32, torch.float32]
@@ -81,7 +81,7 @@ def parts(draws=False):
     parameters = [p for m in (*ends, middle) for p in m.parameters()]
 
     def step(batch):
-        hidden = Recompute.apply(ends[0](batch['ids']), middle, None, draws)
+        hidden = CheckpointedLayer.apply(ends[0](batch['ids']), middle, None, draws)
         return (F.cross_entropy(ends[1](hidden), batch['targets'], reduction='none') * batch['weights']).sum()
 
     def batch(n, seed, learned=None):
@@ -129,7 +129,7 @@ def test_what_a_recorded_step_refuses():
     step, batch, _ = parts(draws=True)
     with pytest.raises(RuntimeError, match='cannot be put back in a recorded step'): StepGraph(step, on_card(batch(8, 0)))
     w = torch.ones(8, device='cuda', requires_grad=True)
-    with pytest.raises(RuntimeError, match='level offload cannot be recorded'): StepGraph(lambda b: (Offloaded(b['weights']).get() * w).sum(), on_card(batch(8, 0)))
+    with pytest.raises(RuntimeError, match='policy offload cannot be recorded'): StepGraph(lambda b: (OffloadedTensor(b['weights']).get() * w).sum(), on_card(batch(8, 0)))
     torch.cuda.synchronize()
 
 

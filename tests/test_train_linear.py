@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from homelab_ft.train.engine.ops import fused_lora as linear
-from homelab_ft.train.engine.ops.fused_lora import dense_weight, frozen_tensors, fuse, lora_linear, lora_linear_backward, unfuse, why_stock
+from homelab_ft.train.engine.ops.fused_lora import dequantize, quant_tensors, fuse, lora_linear, lora_linear_backward, unfuse, why_stock
 
 KINDS = [('', False), ('nf4', False), ('nf4', True), ('fp4', False), ('fp4', True)]
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no card')
@@ -88,7 +88,7 @@ def test_parity_in_bfloat16_is_within_its_rounding(kind, double, r):
     weight = adapter(half).base_layer.weight
     q = getattr(weight, 'quant_state', None)
     arguments = (0, '', list(weight.shape)) if q is None else (q.blocksize, q.quant_type, list(q.shape))
-    adapter(exact).base_layer.weight.data.copy_(dense_weight(*frozen_tensors(weight), *arguments, torch.bfloat16))
+    adapter(exact).base_layer.weight.data.copy_(dequantize(*quant_tensors(weight), *arguments, torch.bfloat16))
     adapter(exact).base_layer.bias.data.copy_(adapter(half).base_layer.bias)
     exact.load_state_dict({k: v for k, v in half.state_dict().items() if 'lora_' in k}, strict=False)
     x, dy = torch.randn(50, 128).bfloat16(), torch.randn(50, 64).bfloat16()
@@ -169,19 +169,19 @@ def test_parity_with_the_formula(tokens, r, n_in, n_out, seed):
 @pytest.mark.parametrize('shape', [(64, 64), (192, 5), (128, 200)])
 def test_unpacking_follows_the_formula(kind, double, shape):
     weight = adapter(toy(kind, double, shape=shape)).base_layer.weight
-    q, (bytes_, constants) = weight.quant_state, frozen_tensors(weight)
+    q, (bytes_, constants) = weight.quant_state, quant_tensors(weight)
     scales = constants[0] if not double else constants[3][constants[0].long()] * constants[2].repeat_interleave(256)[:constants[0].numel()] + constants[4]
     index = torch.stack([bytes_[:, 0] >> 4, bytes_[:, 0] & 15], -1).flatten().long()
     wanted = (constants[1][index] * scales.repeat_interleave(q.blocksize)).view(shape[1], shape[0])
-    torch.testing.assert_close(dense_weight(bytes_, constants, q.blocksize, kind, list(q.shape), torch.float32), wanted, rtol=0, atol=1e-7)
-    assert dense_weight(bytes_, constants, q.blocksize, kind, list(q.shape), torch.bfloat16).dtype == torch.bfloat16
+    torch.testing.assert_close(dequantize(bytes_, constants, q.blocksize, kind, list(q.shape), torch.float32), wanted, rtol=0, atol=1e-7)
+    assert dequantize(bytes_, constants, q.blocksize, kind, list(q.shape), torch.bfloat16).dtype == torch.bfloat16
 
 
 # ---- promises of the operators
 
 @pytest.mark.parametrize('kind, double', KINDS[:3])
 def test_opcheck(kind, double):
-    weight, constants = frozen_tensors(adapter(toy(kind, double)).base_layer.weight)
+    weight, constants = quant_tensors(adapter(toy(kind, double)).base_layer.weight)
     rest = weight, constants, 64 if kind else 0, kind, [64, 128]
     x, a, b = torch.randn(5, 128), torch.randn(3, 128), torch.randn(64, 3)
     torch.library.opcheck(lora_linear, (*(t.clone().requires_grad_() for t in (x, a, b)), *rest))
@@ -380,8 +380,8 @@ def test_parity_of_the_kernel_with_bitsandbytes(kind, double, dtype, shape):
     if not linear.triton: pytest.skip('no Triton')
     weight = adapter(toy(kind, double, device='cuda', shape=shape)).base_layer.weight
     q = weight.quant_state
-    arguments = *frozen_tensors(weight), q.blocksize, kind, list(q.shape), dtype
-    assert torch.equal(dense_weight(*arguments), linear._dequantize_bitsandbytes(*arguments))
+    arguments = *quant_tensors(weight), q.blocksize, kind, list(q.shape), dtype
+    assert torch.equal(dequantize(*arguments), linear._dequantize_bitsandbytes(*arguments))
 
 
 @cuda

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from homelab_ft.train.engine.ops.chunked_loss import ChunkedLoss, chunk_loss, chunk_rows, chunked_loss
+from homelab_ft.train.engine.ops.chunked_loss import ChunkedLoss, chunk_loss, chunk_size, chunked_loss
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no card')
 
@@ -122,7 +122,7 @@ def test_padding_of_weight_zero_changes_nothing(n, padding):
 @given(st.integers(1, 2_000_000), st.integers(1, 2**30))
 @settings(max_examples=200, deadline=None)
 def test_chunks_keep_to_the_budget(vocab, budget):
-    rows = chunk_rows(vocab, budget)
+    rows = chunk_size(vocab, budget)
     assert rows >= 128 and rows % 128 == 0
     assert rows == 128 or rows * vocab <= budget
     assert (rows + 128) * vocab > budget

@@ -14,16 +14,16 @@ from homelab_ft.config import dump_config, make_config
 from homelab_ft.data.tokenize import make_cache, save_cache
 from homelab_ft.io import append_jsonl, read_jsonl
 from homelab_ft.train import trainer as training
-from homelab_ft.train.engine.padded import Rectangles, mean_nll
+from homelab_ft.train.engine.padded import PaddedStep, mean_nll
 from homelab_ft.train.engine.autotune import prepare
-from homelab_ft.train.engine.memory_budget import Options
+from homelab_ft.train.engine.memory_budget import StepOptions
 from homelab_ft.train.engine.ops.cuda_graph import StepGraph
 from homelab_ft.train.lora import attach_lora, load_adapter, recommended, save_adapter
-from homelab_ft.train.engine.ops.neftune import add_noise, row_lengths, silenced
-from homelab_ft.train.engine.packing import flat_batch, shape_of
-from homelab_ft.train.base_model import check_machine, load_base
-from homelab_ft.train.engine.packed import Rows
-from homelab_ft.train.schedule import make_optimizer, rate_factor, warmup_length
+from homelab_ft.train.engine.ops.neftune import add_neftune, sequence_lengths, silenced
+from homelab_ft.train.engine.packing import collate_packed, bucket_shape
+from homelab_ft.train.base_model import validate_method, load_base
+from homelab_ft.train.engine.packed import PackedStep
+from homelab_ft.train.schedule import make_optimizer, lr_multiplier, warmup_length
 from homelab_ft.train.run_folder import create_run, status
 
 SIZES = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
@@ -72,7 +72,7 @@ def test_schedules_are_those_of_transformers_and_one_step_ahead_during_the_warm_
     schedule = get_scheduler(kind, torch.optim.SGD([torch.zeros(1)], lr=1.), num_warmup_steps=warmup, num_training_steps=total).lr_lambdas[0]
     for step in range(total):
         theirs = 1. if step == warmup - 1 else schedule(step + (step < warmup))      # theirs is at its highest one step later, if there is one
-        assert rate_factor(step, total, config) == pytest.approx(theirs, abs=1e-12)
+        assert lr_multiplier(step, total, config) == pytest.approx(theirs, abs=1e-12)
 
 
 def test_warmup_steps_stand_above_the_ratio():
@@ -174,7 +174,7 @@ def test_noise_reaches_training_and_never_validation(kind):
     base, cache = MODELS[kind](), rows()
     before = mean_nll(base, cache)
     model = attach_lora(base, make_config(lora_r=4, neftune_noise_alpha=15.))
-    step = Rectangles(model, 'plain')
+    step = PaddedStep(model, 'plain')
     def loss(seed):
         torch.manual_seed(seed)
         return float(step.accumulate(cache, [[0, 1, 2], [3, 4]])[0])
@@ -190,8 +190,8 @@ def test_lengths_are_the_same_in_both_layouts(lengths, empty):
     padded = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
     for i, n in enumerate(lengths): padded[i, :n] = 7
     cuts = torch.tensor(np.cumsum([0, *lengths]).tolist() + [sum(lengths)] * empty, dtype=torch.int32)
-    flat = row_lengths(torch.full((1, sum(lengths)), 7), cuts)
-    assert row_lengths(padded).flatten().tolist() == lengths
+    flat = sequence_lengths(torch.full((1, sum(lengths)), 7), cuts)
+    assert sequence_lengths(padded).flatten().tolist() == lengths
     assert flat.flatten().tolist() == [n for n in lengths for _ in range(n)]
 
 
@@ -201,8 +201,8 @@ def test_noise_is_as_strong_in_rows_end_to_end():
     table, seen = model.get_input_embeddings(), []
     model.get_base_model().model.layers[0].register_forward_pre_hook(lambda layer, args: seen.append(args[0].detach().clone()))
     longest = int(cache.lengths.max())
-    step = Rows(model, Options(longest=longest, budget=100, grain=16))
-    batch = {k: torch.from_numpy(v) for k, v in flat_batch(cache, part, shape_of(cache.lengths, cache.lengths, part, 16, longest), longest, 10).items()}
+    step = PackedStep(model, StepOptions(longest=longest, budget=100, grain=16))
+    batch = {k: torch.from_numpy(v) for k, v in collate_packed(cache, part, bucket_shape(cache.lengths, cache.lengths, part, 16, longest), longest, 10).items()}
     seen.clear()
     step.backward(batch, False)
     noise, begin = (seen[0] - table(batch['input_ids'])).abs().detach()[0], 0
@@ -216,8 +216,8 @@ def test_noise_is_as_strong_in_rows_end_to_end():
 def test_parity_of_the_fast_step_is_found_while_noise_is_silenced():
     torch.manual_seed(0)
     model = attach_lora(MODELS['llama'](), make_config(lora_r=4, neftune_noise_alpha=15.))
-    with silenced(model): step = prepare(model, Options(longest=40, budget=90, grain=16))
-    assert isinstance(step, Rows), step.paths
+    with silenced(model): step = prepare(model, StepOptions(longest=40, budget=90, grain=16))
+    assert isinstance(step, PackedStep), step.paths
     once = lambda: float(step.accumulate(rows(), [[0, 1, 2]])[0])
     assert once() != once()
 
@@ -264,8 +264,8 @@ def test_impossible_settings(settings, words):
 
 def test_allowed_neighbours_of_what_is_refused():
     for settings in (dict(packing=True, padding_free=True), dict(padding_free=False, cuda_graph=False), dict(padding_free=False), dict(lr_scheduler_type='constant')):
-        check_machine(make_config(**settings), 'cpu')
-    check_machine(make_config(cuda_graph=True, torch_compile=True, optim='paged_adamw_32bit'), 'cuda')
+        validate_method(make_config(**settings), 'cpu')
+    validate_method(make_config(cuda_graph=True, torch_compile=True, optim='paged_adamw_32bit'), 'cuda')
     assert 'use_rslora: false' in dump_config(make_config())
 
 
@@ -285,7 +285,7 @@ def test_recommendations_are_settings_with_reasons(method):
 def test_noise_in_a_recorded_step_follows_the_seed():
     torch.manual_seed(0)
     model = MODELS['llama']().cuda()
-    add_noise(model, 15.)
+    add_neftune(model, 15.)
     batch = {'ids': (IDS).cuda()}
     recorded = StepGraph(lambda b: model(input_ids=b['ids'], labels=b['ids']).loss, batch)
     def loss(seed):

@@ -9,14 +9,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from homelab_ft.train.engine.ops import checkpointing as recompute
-from homelab_ft.train.engine.ops.checkpointing import LEVELS, Recompute, Tiled, ask_gradient, in_halves, restore
-from homelab_ft.train.engine.ops.offload import Offloaded, Shelf
+from homelab_ft.train.engine.ops.checkpointing import POLICIES, CheckpointedLayer, Tiled, require_grad_view, is_prenorm_block, restore
+from homelab_ft.train.engine.ops.offload import OffloadedTensor, ActivationOffloader
 
-MIXTURE = ['keep', 'mlp', 'layer', 'offload']
+MIXTURE = ['none', 'mlp', 'layer', 'offload']
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no card')
 
 
-def set_levels(layers, levels, run=None, tile=0, room=0): recompute.set_levels(layers, levels, run, tile, Shelf(room))
+def apply_policies(layers, policies, run=None, tile=0, room=0): recompute.apply_policies(layers, policies, run, tile, ActivationOffloader(room))
 
 
 def toy(device='cpu'):
@@ -68,33 +68,33 @@ def model(): return toy()
 def plain(model): return gradients(model)
 
 
-@given(st.lists(st.sampled_from(LEVELS), min_size=4, max_size=4), st.sampled_from([0, 0, 1, 5, 8, 23, 24, 100]), st.sampled_from([0, 30_000, 10**6]))
+@given(st.lists(st.sampled_from(POLICIES), min_size=4, max_size=4), st.sampled_from([0, 0, 1, 5, 8, 23, 24, 100]), st.sampled_from([0, 30_000, 10**6]))
 @settings(max_examples=40, deadline=None)
-def test_parity_of_any_levels_and_tiles(model, plain, levels, tile, room):
-    set_levels(model.model.layers, levels, tile=tile, room=room)
+def test_parity_of_any_levels_and_tiles(model, plain, policies, tile, room):
+    apply_policies(model.model.layers, policies, tile=tile, room=room)
     assert distance(gradients(model), plain) <= 1e-5
     restore(model.model.layers)
     assert not any('forward' in vars(m) for m in model.modules())
 
 
-@pytest.mark.parametrize('backend, levels, tile', [('aot_eager_decomp_partition', MIXTURE, 0), ('aot_eager', MIXTURE, 7)])
-def test_parity_compiled(model, plain, backend, levels, tile):
-    "The compiler's planner with every level, and the interrupted program that tiles need; generated code is compared on a card, where it is quick to make."
+@pytest.mark.parametrize('backend, policies, tile', [('aot_eager_decomp_partition', MIXTURE, 0), ('aot_eager', MIXTURE, 7)])
+def test_parity_compiled(model, plain, backend, policies, tile):
+    "The compiler's planner with every policy, and the interrupted program that tiles need; generated code is compared on a card, where it is quick to make."
     torch._dynamo.reset()
     layers = model.model.layers
     with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
-        set_levels(layers, levels, torch.compile(type(layers[0]).forward, backend=backend, fullgraph=not tile), tile=tile)
+        apply_policies(layers, policies, torch.compile(type(layers[0]).forward, backend=backend, fullgraph=not tile), tile=tile)
         far = distance(gradients(model), plain)
     restore(layers)
     torch._dynamo.reset()
     assert far <= 1e-5
 
 
-@pytest.mark.parametrize('level', ['keep', 'mlp'])
-def test_all_layers_of_a_level_share_one_program(model, level):
+@pytest.mark.parametrize('policy', ['none', 'mlp'])
+def test_all_layers_of_a_level_share_one_program(model, policy):
     torch._dynamo.reset()
     layers, counter = model.model.layers, torch._dynamo.testing.CompileCounterWithBackend('eager')
-    set_levels(layers, [level] * 4, torch.compile(type(layers[0]).forward, backend=counter, fullgraph=True))
+    apply_policies(layers, [policy] * 4, torch.compile(type(layers[0]).forward, backend=counter, fullgraph=True))
     for _ in range(2): gradients(model)
     restore(layers)
     torch._dynamo.reset()
@@ -107,7 +107,7 @@ def test_parity_compiled_with_dropout():
     torch.manual_seed(0)
     a, b, drop = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16), torch.nn.Dropout(.4)
     run, got = torch.compile(lambda x: x + drop(b(torch.tanh(drop(a(drop(x)))))), backend='aot_eager_decomp_partition', fullgraph=True), []
-    for f in (run, lambda x: Recompute.apply(x, run, None)):
+    for f in (run, lambda x: CheckpointedLayer.apply(x, run, None)):
         torch.manual_seed(3)
         x = torch.randn(10, 16).requires_grad_()
         a.zero_grad(), b.zero_grad()
@@ -122,19 +122,19 @@ def test_parity_of_adapters_over_frozen_embeddings(make):
     "The first layer's input requires no gradient; its adapters must get theirs."
     model = adapters(make())
     layers, want = model.get_base_model().model.layers, gradients(model)
-    for levels, tile in [([level] * 4, 0) for level in LEVELS] + [(MIXTURE[::-1], 5), (['offload'] * 4, 5)]:
-        set_levels(layers, levels, tile=tile, room=10**6)
+    for policies, tile in [([policy] * 4, 0) for policy in POLICIES] + [(MIXTURE[::-1], 5), (['offload'] * 4, 5)]:
+        apply_policies(layers, policies, tile=tile, room=10**6)
         assert distance(gradients(model), want) <= 1e-5
 
 
-@pytest.mark.parametrize('levels', [['mlp'] * 4, ['layer'] * 4, MIXTURE], ids=' '.join)
-def test_parity_with_dropout_in_adapters_and_attention(levels):
+@pytest.mark.parametrize('policies', [['mlp'] * 4, ['layer'] * 4, MIXTURE], ids=' '.join)
+def test_parity_with_dropout_in_adapters_and_attention(policies):
     model = adapters(toy(), lora_dropout=.3)
     model.get_base_model().config._attn_implementation = 'eager'
     layers = model.get_base_model().model.layers
     for layer in layers: layer.self_attn.attention_dropout = .2
     want = gradients(model, seed=5)
-    set_levels(layers, levels)
+    apply_policies(layers, policies)
     assert distance(gradients(model, seed=5), want) <= 1e-5
     assert distance(gradients(model, seed=6), want) > .1
     state = torch.get_rng_state()
@@ -156,7 +156,7 @@ def test_parity_of_tiles_with_dropout_within_a_layer_run_twice():
     plain = torch.cat([part * drop(part, .5) for part in h.split(4, 1)], 1)
     want, = torch.autograd.grad(plain.sum(), x)
     torch.manual_seed(0)
-    y = Recompute.apply(x, layer, None)
+    y = CheckpointedLayer.apply(x, layer, None)
     got, = torch.autograd.grad(y.sum(), x)
     assert torch.equal(y, plain) and torch.allclose(got, want)
 
@@ -174,7 +174,7 @@ def test_a_pass_can_go_back_twice_where_inputs_stay_on_the_card():
 def test_asking_for_a_gradient_holds_nothing():
     x = torch.zeros(5)
     gone = weakref.ref(x.untyped_storage())
-    y = Recompute.apply(ask_gradient(x), lambda h: h * 2, Shelf())
+    y = CheckpointedLayer.apply(require_grad_view(x), lambda h: h * 2, ActivationOffloader())
     assert y.requires_grad
     del x
     gc.collect()
@@ -199,7 +199,7 @@ def test_the_output_of_the_second_run_is_not_held():
         if torch.is_grad_enabled(): outs.append(weakref.ref(y))
         return y
 
-    Recompute.apply(torch.tensor(3., requires_grad=True), layer, None).backward()
+    CheckpointedLayer.apply(torch.tensor(3., requires_grad=True), layer, None).backward()
     assert left == [[False]] and w.grad == 3
 
 
@@ -219,7 +219,7 @@ class Sized(torch.utils._python_dispatch.TorchDispatchMode):
 def test_a_layer_in_tiles_makes_nothing_of_the_size_of_its_mlp(model):
     x, rotary = torch.randn(1, 600, 64, requires_grad=True), (torch.randn(1, 600, 8), torch.randn(1, 600, 8))
     for tile, made in ((0, True), (50, False)):
-        set_levels(model.model.layers, ['offload'] * 4, tile=tile)
+        apply_policies(model.model.layers, ['offload'] * 4, tile=tile)
         with Sized(600 * 224) as seen: model.model.layers[0](x, position_embeddings=rotary, attention_mask=None).sum().backward()
         assert bool(seen.found) is made, seen.found
     restore(model.model.layers)
@@ -232,7 +232,7 @@ def test_a_layer_in_tiles_computes_attention_once_if_its_shelf_has_room(model):
             calls.append('scaled_dot_product' in func.name() and 'backward' not in func.name())
             return func(*args, **(kwargs or {}))
     for room, times in ((0, 8), (10**7, 4), (25_000, 7)):
-        set_levels(layers, ['offload'] * 4, tile=7, room=room)
+        apply_policies(layers, ['offload'] * 4, tile=7, room=room)
         calls.clear()
         with Counted(): gradients(model)
         assert sum(calls) == times, (room, sum(calls))
@@ -243,11 +243,11 @@ def test_layers_of_other_shapes_are_not_cut_in_halves(model):
     from transformers import GPTNeoXConfig, GraniteConfig, Gemma2Config, Qwen3Config, AutoModelForCausalLM, MistralConfig, Qwen2Config
     small = dict(vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     make = lambda config: AutoModelForCausalLM.from_config(config).base_model.layers[0]
-    assert in_halves(model.model.layers[0])
-    assert all(in_halves(make(c(**small))) for c in (MistralConfig, Qwen2Config, Qwen3Config))
-    assert not in_halves(make(Gemma2Config(**small, head_dim=8)))
-    assert not in_halves(make(GraniteConfig(**small, residual_multiplier=.2)))
-    assert not in_halves(make(GPTNeoXConfig(**{k: v for k, v in small.items() if k != 'num_key_value_heads'})))
+    assert is_prenorm_block(model.model.layers[0])
+    assert all(is_prenorm_block(make(c(**small))) for c in (MistralConfig, Qwen2Config, Qwen3Config))
+    assert not is_prenorm_block(make(Gemma2Config(**small, head_dim=8)))
+    assert not is_prenorm_block(make(GraniteConfig(**small, residual_multiplier=.2)))
+    assert not is_prenorm_block(make(GPTNeoXConfig(**{k: v for k, v in small.items() if k != 'num_key_value_heads'})))
 
 
 def test_parity_of_a_layer_in_tiles_that_is_called_by_position(model):
@@ -255,7 +255,7 @@ def test_parity_of_a_layer_in_tiles_that_is_called_by_position(model):
     layer, x, rotary = model.model.layers[0], torch.randn(1, 20, 64, requires_grad=True), (torch.randn(1, 20, 8), torch.randn(1, 20, 8))
     mask = torch.ones(20, 20, dtype=torch.bool).tril()[None, None]
     want, = torch.autograd.grad(layer(x, mask, position_embeddings=rotary).square().sum(), x)
-    set_levels([layer], ['offload'], tile=7)
+    apply_policies([layer], ['offload'], tile=7)
     got, = torch.autograd.grad(layer(x, mask, position_embeddings=rotary).square().sum(), x)
     restore([layer])
     assert distance([got], [want]) <= 1e-5
@@ -271,14 +271,14 @@ def test_parity_of_other_models_in_tiles(kind):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).train()
     want = gradients(model)
-    for level in ('layer', 'offload', 'keep'):
-        set_levels(model.model.layers, [level] * 2, tile=7, room=10**6)
+    for policy in ('layer', 'offload', 'none'):
+        apply_policies(model.model.layers, [policy] * 2, tile=7, room=10**6)
         assert distance(gradients(model), want) <= 1e-5
 
 
 def test_a_second_run_leaves_the_random_numbers_alone():
     x = torch.ones(4, requires_grad=True)
-    y = Recompute.apply(x, lambda x: torch.nn.functional.dropout(x, .5), None)
+    y = CheckpointedLayer.apply(x, lambda x: torch.nn.functional.dropout(x, .5), None)
     state = torch.get_rng_state()
     y.sum().backward()
     assert torch.equal(state, torch.get_rng_state()) and torch.equal(x.grad, y)
@@ -308,10 +308,10 @@ def test_parity_under_autocast(model, inside):
         return [h.grad] + [p.grad.clone() for p in layers.parameters()]
 
     want = run()
-    for levels, tile in ((['layer'] * 4, 0), (MIXTURE, 0), (['keep'] * 4, 24)):
-        set_levels(layers, levels, tile=tile)
+    for policies, tile in ((['layer'] * 4, 0), (MIXTURE, 0), (['none'] * 4, 24)):
+        apply_policies(layers, policies, tile=tile)
         assert distance(run(), want) <= 1e-5
-    set_levels(layers, MIXTURE, tile=9)
+    apply_policies(layers, MIXTURE, tile=9)
     assert distance(run(), want) <= .02                   # sums over tiles round differently in bfloat16
     restore(layers)
 
@@ -338,11 +338,11 @@ def test_tiles_take_the_type_that_the_mlp_gives():
     assert Tiled.apply(x, lambda x: x.sum(-1, keepdim=True), 2).shape == (1, 5, 1)
 
 
-@pytest.mark.parametrize('level, times', [('keep', 1), ('mlp', 1), ('layer', 2), ('offload', 2)])
-def test_a_recomputed_layer_runs_twice_and_only_with_gradients(model, level, times):
+@pytest.mark.parametrize('policy, times', [('none', 1), ('mlp', 1), ('layer', 2), ('offload', 2)])
+def test_a_recomputed_layer_runs_twice_and_only_with_gradients(model, policy, times):
     layers, calls = model.model.layers, []
     hook = layers[2].self_attn.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    set_levels(layers, [level] * 4)
+    apply_policies(layers, [policy] * 4)
     gradients(model)
     assert len(calls) == times and calls[-1]
     calls.clear()
@@ -353,9 +353,9 @@ def test_a_recomputed_layer_runs_twice_and_only_with_gradients(model, level, tim
     hook.remove()
 
 
-def kept(layer, level, run=None, tokens=48):
+def kept(layer, policy, run=None, tokens=48):
     "Values per token that wait for a layer's backward pass, parameters aside."
-    set_levels([layer], [level], run)
+    apply_policies([layer], [policy], run)
     found, weights = {}, {p.data_ptr() for p in layer.parameters()}
     x, rotary = torch.randn(1, tokens, 64, requires_grad=True), (torch.randn(1, tokens, 8), torch.randn(1, tokens, 8))
     with saved_tensors_hooks(lambda t: found.setdefault(t.data_ptr(), t), lambda t: t): layer(x, position_embeddings=rotary)
@@ -369,27 +369,27 @@ def test_a_layer_keeps_what_its_level_says():
     torch._dynamo.reset()
     with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
         run = torch.compile(type(layer).forward, backend='aot_eager_decomp_partition', fullgraph=True)
-        got = [kept(layer, level, run) for level in LEVELS]
+        got = [kept(layer, policy, run) for policy in POLICIES]
     torch._dynamo.reset()
     counted, small = 47_104 / 64, 8 + 8 + 2 + 8           # cosine and sine, two norms' factors, one number per head
     assert got == [counted + small, counted + small - 448, 64, 0]
 
 
-@pytest.mark.parametrize('levels, tile, words', [(['keep', 'kept', 'mlp', 'layer'], 0, "level 'kept' is not known; allowed: keep, mlp, layer, offload"),
-                                                 (['keep'] * 3, 0, '3 levels for 4 layers'), (['keep'] * 4, -5, 'tile is -5')])
-def test_nonsense_is_refused_and_changes_nothing(model, levels, tile, words):
-    set_levels(model.model.layers, ['layer'] * 4)
+@pytest.mark.parametrize('policies, tile, words', [(['none', 'kept', 'mlp', 'layer'], 0, "policy 'kept' is not known; allowed: keep, mlp, layer, offload"),
+                                                 (['none'] * 3, 0, '3 policies for 4 layers'), (['none'] * 4, -5, 'tile is -5')])
+def test_nonsense_is_refused_and_changes_nothing(model, policies, tile, words):
+    apply_policies(model.model.layers, ['layer'] * 4)
     before = [layer.forward for layer in model.model.layers]
-    with pytest.raises(ValueError, match=words): set_levels(model.model.layers, levels, tile=tile)
+    with pytest.raises(ValueError, match=words): apply_policies(model.model.layers, policies, tile=tile)
     assert [layer.forward for layer in model.model.layers] == before
-    with pytest.raises(ValueError, match='needs a shelf'): recompute.set_levels(model.model.layers, MIXTURE)
+    with pytest.raises(ValueError, match='needs a shelf'): recompute.apply_policies(model.model.layers, MIXTURE)
     assert [layer.forward for layer in model.model.layers] == before
     restore(model.model.layers)
 
 
 def test_a_model_can_be_freed_while_its_levels_are_set():
     model = toy()
-    set_levels(model.model.layers, MIXTURE)
+    apply_policies(model.model.layers, MIXTURE)
     gone = weakref.ref(model)
     del model
     gc.collect()
@@ -400,12 +400,12 @@ def test_a_model_can_be_freed_while_its_levels_are_set():
 
 
 @cuda
-@pytest.mark.parametrize('levels', [[level] * 4 for level in LEVELS] + [MIXTURE], ids=' '.join)
+@pytest.mark.parametrize('policies', [[policy] * 4 for policy in POLICIES] + [MIXTURE], ids=' '.join)
 @pytest.mark.parametrize('tile, room', [(0, 0), (300, 0), (300, 10**9)])
-def test_parity_on_a_card(levels, tile, room):
+def test_parity_on_a_card(policies, tile, room):
     model = toy('cuda')
     want = gradients(model, tokens=1024)
-    set_levels(model.model.layers, levels, tile=tile, room=room)
+    apply_policies(model.model.layers, policies, tile=tile, room=room)
     for _ in range(3): assert distance(gradients(model, tokens=1024), want) <= 1e-4
 
 
@@ -415,7 +415,7 @@ def test_parity_compiled_on_a_card():
     model = toy('cuda')
     layers, want = model.model.layers, gradients(model, tokens=1024)
     with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
-        set_levels(layers, MIXTURE, torch.compile(type(layers[0]).forward, fullgraph=True))
+        apply_policies(layers, MIXTURE, torch.compile(type(layers[0]).forward, fullgraph=True))
         for _ in range(3): assert distance(gradients(model, tokens=1024), want) <= 1e-4
     torch._dynamo.reset()
 
@@ -424,7 +424,7 @@ def test_parity_compiled_on_a_card():
 def test_parity_with_dropout_on_a_card():
     model = adapters(toy('cuda'), lora_dropout=.3)
     layers, want = model.get_base_model().model.layers, gradients(model, seed=5)
-    set_levels(layers, MIXTURE)
+    apply_policies(layers, MIXTURE)
     assert distance(gradients(model, seed=5), want) <= 1e-4
 
 
@@ -432,11 +432,11 @@ def test_parity_with_dropout_on_a_card():
 def test_inputs_at_level_offload_leave_the_card():
     model, left = toy('cuda'), {}
     ids = torch.zeros(1, 4096, dtype=torch.long, device='cuda')
-    for level in ('layer', 'offload'):
-        set_levels(model.model.layers, [level] * 4)
+    for policy in ('layer', 'offload'):
+        apply_policies(model.model.layers, [policy] * 4)
         before = torch.cuda.memory_allocated()
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         torch.cuda.synchronize()
-        left[level] = torch.cuda.memory_allocated() - before
+        left[policy] = torch.cuda.memory_allocated() - before
         del hidden
     assert left['layer'] - left['offload'] >= 3 * 4096 * 64 * 4

@@ -80,7 +80,7 @@ def later(event): return lambda run, name, **k: die() if name == event else appe
 FAULTS = {
     'while the rows are loaded': lambda: setattr(training, 'load_cache', die),
     'while the weights are loaded': lambda: setattr(training, 'attach', die),
-    'before the first checkpoint': lambda: setattr(training, 'take_step', nth(training.take_step, 3, die)),
+    'before the first checkpoint': lambda: setattr(training, 'train_step', nth(training.train_step, 3, die)),
     'in the first checkpoint': lambda: setattr(torch, 'save', torn_save),
     'before a checkpoint gets its name': lambda: setattr(checkpoint.os, 'rename', nth(os.rename, 2, die)),
     'while old checkpoints are deleted': lambda: setattr(checkpoint.shutil, 'rmtree', nth(checkpoint.shutil.rmtree, 8, die)),
@@ -276,15 +276,15 @@ def test_max_minutes_lays_the_schedule_over_what_fits(tmp_path, model):
 
 
 def test_nan_keeps_the_last_good_checkpoint(tmp_path, model, monkeypatch):
-    run, real = new_run(tmp_path, model), training.take_step
+    run, real = new_run(tmp_path, model), training.train_step
     def poisoned(job):
         if job.state.step == 12: job.parameters[0].data.fill_(float('nan'))
         real(job)
-    monkeypatch.setattr(training, 'take_step', poisoned)
+    monkeypatch.setattr(training, 'train_step', poisoned)
     with pytest.raises(RunError, match='no longer a number at step 13'): training.train(run)
     assert status(run).state == 'failed' and 'no longer a number' in status(run).error
     assert [p.name for p in checkpoint.checkpoints(run.checkpoints_path)] == ['step-000005', 'step-000010']
-    monkeypatch.setattr(training, 'take_step', real)
+    monkeypatch.setattr(training, 'train_step', real)
     assert training.train(run, resume=True).state == 'finished'
 
 

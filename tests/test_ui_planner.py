@@ -11,7 +11,7 @@ from homelab_ft.core import GiB
 from homelab_ft.plan.remedies import explain
 from homelab_ft.plan.model_catalog import MIXTURES
 from homelab_ft.plan.limits import _frontier, length_batch_map
-from homelab_ft.plan.memory.estimate import PARTS, METHODS, estimate, fitted, model_shape
+from homelab_ft.plan.memory.estimate import PARTS, METHODS, estimate, estimate_with_checkpointing, model_shape
 from homelab_ft.ui import planner
 from homelab_ft.ui.planner import CHOICES, PlannerState, bar_svg, card_bytes, heat_color, map_html, map_svg, map_words, planner_estimate, planner_html, planner_map, planner_widget, ways_html
 
@@ -76,7 +76,7 @@ def test_the_table_is_what_explain_says():
     state = PlannerState(method='lora', batch_size=4)
     wishes = dict(method='lora', batch_size=4, optim='adamw_8bit')
     shape, limit = model_shape(state.model), card_bytes(state.card)
-    rows = explain(fitted(shape, limit, **wishes), shape, limit, **wishes).rows
+    rows = explain(estimate_with_checkpointing(shape, limit, **wishes), shape, limit, **wishes).rows
     page = planner_html(state)
     assert [[html.unescape(c) for c in re.findall('<td>(.*?)</td>', row)] for row in re.findall('<tr>(<td>.*?)</tr>', page)] == rows and len(rows) == 3
 
@@ -150,7 +150,7 @@ def test_both_pictures_take_the_same_peaks():
     shown = [t.text for t in svg_of(map_html(PlannerState())).iter('text')]
     assert [t.get_text() for t in ax.texts] == shown[1:1 + peaks.size]
     shape = model_shape('Llama-3.1-8B')
-    direct = [[fitted(shape, card_bytes('rtx-4090'), optim='adamw_8bit', length=n, batch_size=b).needed for b in batches] for n in lengths]
+    direct = [[estimate_with_checkpointing(shape, card_bytes('rtx-4090'), optim='adamw_8bit', length=n, batch_size=b).needed for b in batches] for n in lengths]
     assert (peaks == np.array(direct)).all()
 
 
@@ -159,7 +159,7 @@ def test_both_pictures_take_the_same_peaks():
 def test_pairs_of_as_many_tokens_are_computed_once_where_only_tokens_count(shape, wishes):
     shape, lengths, batches = model_shape(shape), [96, 256, 768, 1024], [1, 3, 8]
     peaks = length_batch_map(8 * GiB, shape, lengths, batches, **wishes)
-    assert all(peaks[i, j] == fitted(shape, 8 * GiB, length=n, batch_size=b, **wishes).needed for (i, n), (j, b) in product(enumerate(lengths), enumerate(batches)))
+    assert all(peaks[i, j] == estimate_with_checkpointing(shape, 8 * GiB, length=n, batch_size=b, **wishes).needed for (i, n), (j, b) in product(enumerate(lengths), enumerate(batches)))
 
 
 def test_colours_are_cividis():

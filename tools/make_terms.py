@@ -21,10 +21,10 @@ from homelab_ft.train.run_folder import versions
 PLAN = Path(__file__).resolve().parents[1] / 'homelab_ft/plan'
 FAMILIES = dict(llama='Llama-3.1-8B', qwen3='Qwen3-8B', qwen2='Qwen2.5-7B', phi3='Phi-3-mini', gemma3='gemma-3-1b')    # a model of each
 LAYERS = 'compiled', 'eager'
-MODES = ['/'.join(m) for m in product(('qlora', 'lora', 'int8'), ('keep', 'mlp', 'layer', 'offload'), FAMILIES, LAYERS)]
+MODES = ['/'.join(m) for m in product(('qlora', 'lora', 'int8'), ('none', 'mlp', 'layer', 'offload'), FAMILIES, LAYERS)]
 FEW = 'q_proj+v_proj',       # other adapted matrices than all of them
-MODES += ['/'.join(m) for m in product(('qlora', 'lora', 'int8'), ('keep', 'mlp', 'layer'), ['llama', 'qwen3', 'qwen2', 'gemma3'], LAYERS, FEW)]
-MODES += ['/'.join(m) for m in product(('dora-lora', 'dora-qlora'), ('keep', 'mlp', 'layer'), ['llama', 'qwen3', 'qwen2', 'phi3'], LAYERS[1:])]    # compiled, it is another step if sizes are doubled
+MODES += ['/'.join(m) for m in product(('qlora', 'lora', 'int8'), ('none', 'mlp', 'layer'), ['llama', 'qwen3', 'qwen2', 'gemma3'], LAYERS, FEW)]
+MODES += ['/'.join(m) for m in product(('dora-lora', 'dora-qlora'), ('none', 'mlp', 'layer'), ['llama', 'qwen3', 'qwen2', 'phi3'], LAYERS[1:])]    # compiled, it is another step if sizes are doubled
 KEYS = dict(h='hidden_size', A='num_attention_heads', G='num_key_value_heads', D='head_dim', i='intermediate_size', v='vocab_size')
 SIZES = dict(h=512, A=8, G=2, D=64, i=1536, v=12288, b=2, n=1024, r=16, p=1024)     # beside those: rows, their length, rank, learned positions
 PHASES = ('forward', 'loss', 'backward', 'collect')
@@ -40,10 +40,10 @@ def toy(family, layers, sizes):
 
 def ledger(mode, layers, sizes):
     "Two rehearsed steps; storages must die in order, so nothing is collected meanwhile."
-    method, level, family, layers_are, *few = mode.split('/')
+    method, policy, family, layers_are, *few = mode.split('/')
     config = make_config(model=FAMILIES[family], method=method.removeprefix('dora-'), use_dora='dora' in method, lora_r=sizes['r'], lora_alpha=32, max_length=sizes['n'], target_modules=few[0].split('+') if few else 'all-linear',
                          per_device_train_batch_size=sizes['b'], torch_compile=layers_are == 'compiled', padding_free=True)
-    scene = rehearse.Scene(raw=toy(family, layers, sizes), levels=[level] * layers, shape=(sizes['b'] * sizes['n'], sizes['p'], 8), gradients=False, card='ampere')      # flash attention: every piece of memory is a product
+    scene = rehearse.DryRunSpec(raw=toy(family, layers, sizes), policies=[policy] * layers, shape=(sizes['b'] * sizes['n'], sizes['p'], 8), gradients=False, card='ampere')      # flash attention: every piece of memory is a product
     torch._dynamo.reset()
     gc.collect()
     gc.disable()

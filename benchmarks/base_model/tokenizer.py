@@ -1,4 +1,4 @@
-"""Train the tokenizer of the base model: byte-level BPE of 4,096 entries, Llama-3-style special tokens and chat template.
+"""Train the tokenizer of the base model: byte-policy BPE of 4,096 entries, Llama-3-style special tokens and chat template.
 
     python benchmarks/base_model/tokenizer.py --corpus CORPUS.tar.xz --out homelab_ft/assets/base_model
 """
@@ -26,7 +26,7 @@ CHAT_TEMPLATE = """\
 
 
 def train_tokenizer(texts):
-    "A byte-level BPE tokenizer trained on an iterable of `texts`; any string survives a round trip."
+    "A byte-policy BPE tokenizer trained on an iterable of `texts`; any string survives a round trip."
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(SPLIT), behavior='isolated'),

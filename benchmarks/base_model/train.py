@@ -134,7 +134,7 @@ tags: [llama, text-generation]
 ---
 # The embedded base model of homelab_ft
 
-A Llama-architecture language model of {parameters:,} parameters with a byte-level BPE tokenizer of {vocab:,} entries. It is small
+A Llama-architecture language model of {parameters:,} parameters with a byte-policy BPE tokenizer of {vocab:,} entries. It is small
 enough to fine-tune on a laptop's processor in minutes and exists to be fine-tuned: in the quickstart, the tutorials and the tests.
 It is no assistant and knows nothing of the world after 1930.
 

@@ -2,7 +2,7 @@
 `python agree.py 0` puts the closed form of today beside the traces that are there; `python agree.py 0 METHOD` traces those of one method again.
 
 A row is a model, a method, a shape of passes, what layers keep, an optimizer and switches, drawn at random; models whose layers are all traced, and 70B, are drawn seldom or not at all,
-since they take long. Half of the rows that lay rows end to end have several levels of recomputation, or a share of learned positions.
+since they take long. Half of the rows that lay rows end to end have several policies of recomputation, or a share of learned positions.
 """
 import json, random, sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from homelab_ft.config import make_config
 from homelab_ft.table import Table
 from homelab_ft.io import now, write_json
 from homelab_ft.plan.memory.packed_step import FAMILIES, padded
-from homelab_ft.plan.memory.inference import LATER
+from homelab_ft.plan.memory.inference import INFERENCE_PHASES
 from homelab_ft.plan.model_catalog import KNOWN
 from homelab_ft.plan.model_shape import model_shape
 from homelab_ft.plan.trace.trace import ALTERNATING, trace
@@ -49,11 +49,11 @@ def plain(settings):
 def draw_pass(rng, settings):
     "Levels and the share of learned positions, where rows lie end to end."
     n, tokens = model_shape(settings['model']).num_hidden_layers, settings['per_device_train_batch_size'] * settings['max_length']
-    if settings['method'] == 'int8' or plain(settings) or rng.random() < 0.5: return dict(levels=None, learned=None)
-    first, second = rng.choice([('keep', 'mlp'), ('mlp', 'layer')])
+    if settings['method'] == 'int8' or plain(settings) or rng.random() < 0.5: return dict(policies=None, learned=None)
+    first, second = rng.choice([('none', 'mlp'), ('mlp', 'layer')])
     k = rng.randrange(3, n - 2)
     size, learned = padded(tokens, rng.randrange(1, tokens))
-    return rng.choice([dict(levels={first: k, second: n - k}, learned=None), dict(levels=None, learned=learned)])
+    return rng.choice([dict(policies={first: k, second: n - k}, learned=None), dict(policies=None, learned=learned)])
 
 
 def closed(row):
@@ -61,8 +61,8 @@ def closed(row):
     config, wanted = make_config(**row['settings']), row['drawn']
     wishes = _wishes(config, 1.)
     if wanted['learned']: wishes |= dict(label_share=wanted['learned'] / (config.per_device_train_batch_size * config.max_length))
-    est = estimate(model_shape(config.model), **wishes, gradient_checkpointing=config.gradient_checkpointing, levels=wanted['levels'])
-    return dict(allocated=max(sum(parts.values()) - parts['overhead'] for name, parts in est.phases.items() if name not in LATER), process=est.step_peak)
+    est = estimate(model_shape(config.model), **wishes, gradient_checkpointing=config.gradient_checkpointing, policies=wanted['policies'])
+    return dict(allocated=max(sum(parts.values()) - parts['overhead'] for name, parts in est.phases.items() if name not in INFERENCE_PHASES), process=est.step_peak)
 
 
 def traced(settings, drawn):
@@ -70,7 +70,7 @@ def traced(settings, drawn):
     config = make_config(**settings)
     size, _ = padded(config.per_device_train_batch_size * config.max_length)
     shape = (size, min(size, drawn['learned']), max(8, config.per_device_train_batch_size + 4)) if drawn['learned'] else ()
-    found = trace(config, levels=drawn['levels'], shape=shape, whole=plain(settings))
+    found = trace(config, policies=drawn['policies'], shape=shape, whole=plain(settings))
     return dict(allocated=found.allocated, process=found.process, phase=found.phase, rows=found.paths['rows'], seconds=found.seconds)
 
 

@@ -1,11 +1,11 @@
 """How long plans take, beside the limits that hold for them: python latency.py [repeats]. Prints a table, writes latency.json; exit code 1 if a limit is not kept.
 
 - Imports: every module of `homelab_ft.plan` in an interpreter of its own, and what it must not load: torch and others that take seconds.
-- The closed form: `estimate` and `fitted` for many settings; of each the fastest of `repeats` calls, since other work on the machine only ever adds time.
+- The closed form: `estimate` and `estimate_with_checkpointing` for many settings; of each the fastest of `repeats` calls, since other work on the machine only ever adds time.
   The first call of all reads the data file; it stands by itself and has no limit.
 - The widget: every position of every control, from the change to the new picture.
 - The trace: 8B and 70B at two lengths, three times, each in an interpreter of its own, with the processor time it took and the largest memory of the process that rehearses. The limit
-  is for the one in the middle; the worst is told. Three levels of recomputation need more rehearsals than one; that row has no limit.
+  is for the one in the middle; the worst is told. Three policies of recomputation need more rehearsals than one; that row has no limit.
 
 Times are those of the machine that is named in the result, which should have nothing else to do.
 """
@@ -21,7 +21,7 @@ from homelab_ft.table import Table
 from homelab_ft.io import now, write_json
 from homelab_ft.hardware.machine import detect_machine
 from homelab_ft.plan.model_shape import model_shape
-from homelab_ft.plan.memory.estimate import estimate, fitted
+from homelab_ft.plan.memory.estimate import estimate, estimate_with_checkpointing
 
 HERE = Path(__file__).resolve().parent
 HEAVY = ('torch', 'transformers', 'peft', 'bitsandbytes', 'datasets', 'matplotlib')
@@ -29,7 +29,7 @@ MODULES = ['homelab_ft', *(f'homelab_ft.plan.{m.name}' for m in pkgutil.iter_mod
 MODELS = ('Llama-3.2-1B', 'Llama-3.1-8B', 'Llama-3.1-70B')
 WISHES = dict(method=('lora', 'qlora', 'full'), length=(512, 2048, 16384), batch_size=(1, 8), gradient_checkpointing=(False, True), padding_free=('auto', False))
 TRACES = [(model, length, seconds, None) for model, seconds in (('Llama-3.1-8B', 10), ('Llama-3.1-70B', 20)) for length in (2048, 16384)]
-TRACES += [('Llama-3.1-8B', 2048, None, dict(keep=10, mlp=12, layer=10))]
+TRACES += [('Llama-3.1-8B', 2048, None, dict(none=10, mlp=12, layer=10))]
 CALL_MS, REDRAW_MS, TRACE_BYTES = 2, 50, 4 * GB
 
 
@@ -74,7 +74,7 @@ def fits(model, repeats):
     "Milliseconds of choosing what the layers keep, for cards of 8 to 80 GiB."
     shape = model_shape(model)
     asked = product((8, 12, 16, 24, 48, 80), ('lora', 'qlora'), (1, 8), (2048, 16384))
-    return [fastest(lambda: fitted(shape, gib * 2**30, method=method, batch_size=n, length=length), repeats) for gib, method, n, length in asked]
+    return [fastest(lambda: estimate_with_checkpointing(shape, gib * 2**30, method=method, batch_size=n, length=length), repeats) for gib, method, n, length in asked]
 
 
 def redraws(repeats):
@@ -93,21 +93,21 @@ def redraws(repeats):
     return found
 
 
-def traced(model, length, levels=None):
+def traced(model, length, policies=None):
     "{seconds, processor seconds, most bytes of the process that rehearsed} of a trace of one row in 4 bits; in an interpreter that traces nothing else."
     from homelab_ft.plan.trace.trace import trace
     began = time.perf_counter()
-    trace(make_config(model=model, method='qlora', max_length=length, per_device_train_batch_size=1), levels)
+    trace(make_config(model=model, method='qlora', max_length=length, per_device_train_batch_size=1), policies)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return dict(seconds=time.perf_counter() - began, busy=used.ru_utime + used.ru_stime, bytes=1024 * used.ru_maxrss)
 
 
 def trace_rows():
     "Rows of all TRACES."
-    for model, length, seconds, levels in TRACES:
-        code = f'import json, sys; sys.path.insert(0, {str(HERE)!r}); import latency; print(json.dumps(latency.traced({model!r}, {length}, {levels})))'
+    for model, length, seconds, policies in TRACES:
+        code = f'import json, sys; sys.path.insert(0, {str(HERE)!r}); import latency; print(json.dumps(latency.traced({model!r}, {length}, {policies})))'
         found = [in_new_process(code) for _ in range(3)]
-        name, told = f'trace {model}, {length:,} tokens' + f', {len(levels or ())} levels' * bool(levels), lambda key: [f[key] for f in found]
+        name, told = f'trace {model}, {length:,} tokens' + f', {len(policies or ())} policies' * bool(policies), lambda key: [f[key] for f in found]
         yield row(name, told('seconds'), 's', seconds, of=median)
         yield row(f'{name}: processor time', told('busy'), 's')
         yield row(f'{name}: memory', [n / GB for n in told('bytes')], 'GB', TRACE_BYTES / GB)

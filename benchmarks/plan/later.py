@@ -1,6 +1,6 @@
 """What runs beside and after the training steps, rehearsed without a card, and what `plan.later` says of it: python later.py. Prints a table and writes later.json.
 
-The functions are the run's own (`train.engine.mean_nll` beside the step that a run takes, `evaluate.likelihood.row_nll`, the loops of `evaluate.tasks` and `deploy.serve`), and so are the
+The functions are the run's own (`train.engine.mean_nll` beside the step that a run takes, `evaluate.likelihood.sequence_nll`, the loops of `evaluate.tasks` and `deploy.serve`), and so are the
 model's class, its layers in 4 or 8 bits and its adapters; only the tensors have no values, so that a pass is over where somebody wants to read a number.
 In PyTorch's inference mode nobody sees what a function like the cross-entropy makes inside, so `torch.no_grad` stands in for it.
 """
@@ -26,9 +26,9 @@ from homelab_ft.plan.model_shape import model_shape
 from homelab_ft.plan.memory.static import adapter_params
 from homelab_ft.train.engine import padded as engine
 from homelab_ft.plan.trace import dry_run as rehearse
-from homelab_ft.plan.trace.fake_model import fill, hollow_model, model_config, on_meta
+from homelab_ft.plan.trace.fake_model import fill, meta_model, model_config, on_meta
 from homelab_ft.train.engine.packing import RandomRows
-from homelab_ft.plan.trace.memory_tracer import Witness
+from homelab_ft.plan.trace.memory_tracer import MemoryTracer
 
 HERE = Path(__file__).resolve().parent
 MODELS = ('Llama-3.2-1B', 'Llama-3.1-8B', 'Qwen2.5-7B')
@@ -49,15 +49,15 @@ def no_values(data, dtype=torch.int64, device=None, **_):
 @contextmanager
 def stage(config, raw, layers, card, training):
     "A model without values, and who watches. After training no weight is trained any more, and what was tuned as a whole is in 16 bits."
-    witness, mode, model = Witness(card), FakeTensorMode(), hollow_model(config, raw, layers) if config.method != 'full' or training else on_meta(model_config(raw, layers), getattr(torch, 'float32' if config.dtype == 'float32' else 'bfloat16'))
+    witness, mode, model = MemoryTracer(card), FakeTensorMode(), meta_model(config, raw, layers) if config.method != 'full' or training else on_meta(model_config(raw, layers), getattr(torch, 'float32' if config.dtype == 'float32' else 'bfloat16'))
     witness.expect_products(True)
     with mode, witness: fill(model, config)
     with ExitStack() as stack:
         FakeTensor.tolist = lambda t: [1] * t.shape[0]      # every token of an answer is this one
         stack.callback(delattr, FakeTensor, 'tolist')
-        stand_ins = patch.object(torch, 'tensor', no_values), patch.object(serve, '_pick', lambda *_: 1), patch.object(torch, 'inference_mode', torch.no_grad)
+        probe_configs = patch.object(torch, 'tensor', no_values), patch.object(serve, '_pick', lambda *_: 1), patch.object(torch, 'inference_mode', torch.no_grad)
         even = patch.object(masking_utils, 'is_tracing', lambda *_: False), patch.object(masking_utils, 'fast_all', lambda mask: len(mask) == 1)      # one row has no padding
-        for context in (*rehearse.as_if_on_card(witness, card), *stand_ins, *even, mode, witness): stack.enter_context(context)
+        for context in (*rehearse.gpu_patches(witness, card), *probe_configs, *even, mode, witness): stack.enter_context(context)
         yield witness, model
 
 
@@ -82,12 +82,12 @@ def rehearsed(phase, config, raw, layers, card='hopper', prompt=0, new=0, label_
     "Bytes that a phase takes beside the model, and, in the training process, beside what waits there for the next step."
     with stage(config, raw, layers, card, phase == 'evaluation') as (witness, model):
         rows, size = Cache([config.max_length] * config.per_device_train_batch_size, label_share, raw['vocab_size']), config.per_device_train_batch_size
-        job = rehearse.make_job(witness, model, config, rehearse.Scene(raw, ['layer'] * layers, card=card)) if phase == 'evaluation' else None
+        job = rehearse.make_job(witness, model, config, rehearse.DryRunSpec(raw, ['layer'] * layers, card=card)) if phase == 'evaluation' else None
         if not job: model.requires_grad_(False).eval()
         begin, prompts = len(witness.book.events), [[1] * (prompt - (i > 0)) for i in range(size)]      # of two lengths, so that attention has a mask
         if job:
             with job.engine.evaluating(): until_read(engine.mean_nll, model, rows, size)
-        elif phase == 'final evaluation': until_read(likelihood.row_nll, model, rows, size, False)
+        elif phase == 'final evaluation': until_read(likelihood.sequence_nll, model, rows, size, False)
         elif phase == 'chat': list(serve._tokens(model, prompts[0], set(), new, 0.))
         else: tasks.generate_greedy(model, prompts, set(), new, 0, size, False)
         return peak_of(witness.book, begin)

@@ -19,9 +19,9 @@ HELD = '548f85c'     # in this commit passes were measured after others, whose f
 BARE = ('41bf0ad', 'befa7dc')    # in these the first pass that fits was measured without gradients, later ones with; since then all are measured with
 
 
-def found_gradients(code, levels):
-    "Whether a pass was measured with gradients there: mixed levels are chosen after passes that did fit."
-    return code != HELD and (code not in BARE or len(levels) > 1)
+def found_gradients(code, policies):
+    "Whether a pass was measured with gradients there: mixed policies are chosen after passes that did fit."
+    return code != HELD and (code not in BARE or len(policies) > 1)
 
 
 def ours():
@@ -29,12 +29,12 @@ def ours():
     for run in json.loads((HERE.parent / 'train' / 'results.json').read_text())['runs']:
         for row in run['rows']:
             if row['who'] != 'homelab_ft' or not (row.get('paths') or {}).get('peak_bytes'): continue
-            levels, name = row['paths']['recompute'], f"{row['model']} {row['method']} {row['kind']} {row['rows']}"
-            given = dict(levels=levels, shape=SHAPES[row['kind'], row['rows']], gradients=found_gradients(run['code'], levels))
+            policies, name = row['paths']['recompute'], f"{row['model']} {row['method']} {row['kind']} {row['rows']}"
+            given = dict(policies=policies, shape=SHAPES[row['kind'], row['rows']], gradients=found_gradients(run['code'], policies))
             yield name, dict(model=row['model'], method=row['method'], max_length=2048, per_device_train_batch_size=row['rows']), given, run['code'], row['paths']['peak_bytes'], row['reserved_gib']
     for row in json.loads((HERE.parent / 'train' / 'longest.json').read_text())['rows']:
         if 'peak_bytes' not in row['paths']: continue
-        given = dict(levels=row['paths']['recompute'], tile=row['paths']['tile'], gradients=found_gradients(row['code'], row['paths']['recompute']), host_bytes=int(row['host_gib'] * 2**30))
+        given = dict(policies=row['paths']['recompute'], tile=row['paths']['tile'], gradients=found_gradients(row['code'], row['paths']['recompute']), host_bytes=int(row['host_gib'] * 2**30))
         settings = dict(model='Llama-3.1-8B', method='qlora', lora_r=row['rank'], lora_alpha=2 * row['rank'], max_length=row['tokens'], per_device_train_batch_size=1)
         yield f"Llama-3.1-8B qlora one row of {row['tokens']}", settings, given, row['code'], row['paths']['peak_bytes'], row['reserved_gib']
 

@@ -10,7 +10,7 @@ import torch
 from homelab_ft.config import make_config
 from homelab_ft.train.engine.ops import varlen_attention as attention, fused_lora as linear, chunked_loss as loss
 from homelab_ft.train.engine import autotune as fast
-from homelab_ft.train.engine.padded import Rectangles
+from homelab_ft.train.engine.padded import PaddedStep
 from homelab_ft.train.lora import attach_lora
 from homelab_ft.train.base_model import load_base
 from ours import measure, packed_steps
@@ -28,7 +28,7 @@ CASES = {  # name: (options, patches)
     'adapters not merged into 4-bit weights': ({}, [(linear, '_may_merge', lambda *_: False), (fast, '_hold', lambda *_: None)]),
     'every layer recomputed': (dict(checkpointing=True), []),
     'flash attention instead of the fastest': ({}, [(attention, 'fastest_kernel', lambda *_: {'FLASH_ATTENTION': 0.})]),
-    'loss over all logits at once': ({}, [(loss, 'chunk_rows', lambda *_, **__: 2**20)]),
+    'loss over all logits at once': ({}, [(loss, 'chunk_size', lambda *_, **__: 2**20)]),
 }
 
 
@@ -52,12 +52,12 @@ def main(path, method, gib, *names):
             about = dict(case=name, method=method, kind=kind, rows=ROWS, limit_gib=float(gib))
             try:
                 if name == 'plain step':
-                    measure(Rectangles(model, 'measured'), data, steps, **about)
+                    measure(PaddedStep(model, 'measured'), data, steps, **about)
                     continue
                 options, patches = CASES[name]
                 with ExitStack() as stack:
                     for where, what, instead in patches: stack.enter_context(patch.object(where, what, instead))
-                    step = fast.prepare(model, fast.Options(**dict(longest=LENGTH, budget=ROWS * LENGTH, fixed=shape) | options))
+                    step = fast.prepare(model, fast.StepOptions(**dict(longest=LENGTH, budget=ROWS * LENGTH, fixed=shape) | options))
                     measure(step, data, steps, **about)
                     close(step)
             except Exception as e: say(about | dict(failed=f'{type(e).__name__}: {str(e)[:200]}'))

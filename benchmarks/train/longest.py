@@ -15,8 +15,8 @@ from homelab_ft.train.engine import autotune as fast
 from homelab_ft.train.engine.ops import chunked_loss as loss, checkpointing as recompute
 from homelab_ft.train.lora import attach_lora
 from homelab_ft.train.base_model import load_base
-from homelab_ft.train.engine.packed import Rows
-from homelab_ft.train.engine.ops.offload import Shelf
+from homelab_ft.train.engine.packed import PackedStep
+from homelab_ft.train.engine.ops.offload import ActivationOffloader
 from workload import fail, limit_card, say
 
 GIB, RANK, GRAIN = 2**30, 32, 1024
@@ -47,19 +47,19 @@ def load(path):
 
 def options(tokens, trained, host_bytes):
     "What the step is asked for: one row fills a pass; AdamW's two float32 states come later."
-    return fast.Options(longest=tokens, budget=tokens, graph=False, reserve=8 * trained, host_bytes=host_bytes)
+    return fast.StepOptions(longest=tokens, budget=tokens, graph=False, reserve=8 * trained, host_bytes=host_bytes)
 
 
 def away(step, tokens, tile, room):
     "Every layer's input in host memory, layers in tiles, for one row of so many tokens."
     step.options.longest = step.options.budget = tokens
-    recompute.set_levels(step.layers, ['offload'] * len(step.layers), None, tile, Shelf(room))
+    recompute.apply_policies(step.layers, ['offload'] * len(step.layers), None, tile, ActivationOffloader(room))
     step.paths.update(recompute=dict(offload=len(step.layers)), tile=tile)
 
 
 def by_hand(model, asked, tile, room):
-    "A step with its levels given, unchecked."
-    step = Rows(model, asked)
+    "A step with its policies given, unchecked."
+    step = PackedStep(model, asked)
     step.math, step.paths['compile'] = torch.compile(loss.chunk_loss), 'loss only'
     away(step, asked.longest, tile, room)
     step.fit_loss(fast.room(step))

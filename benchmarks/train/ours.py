@@ -11,7 +11,7 @@ from workload import LENGTH, Data, Meter, fail, limit_card, say
 
 def packed_steps(data, rows):
     "Packed rows of 2048 tokens, `rows` of them a step, and the one shape that holds every step."
-    packs = [[i] for i in range(len(data))] if (data.lengths == LENGTH).all() else packing.pack_order(data.lengths, LENGTH, 0, 0)
+    packs = [[i] for i in range(len(data))] if (data.lengths == LENGTH).all() else packing.epoch_packing(data.lengths, LENGTH, 0, 0)
     steps = [[r for pack in packs[i:i + rows] for r in pack] for i in range(0, len(packs) - rows + 1, rows)]
     learned = max(sum(int(data.row(r)[1][1:].sum()) for r in step) for step in steps)
     return steps, (rows * LENGTH, packing.round_up(learned, 128), packing.round_up(max(map(len, steps)) + rows, 8))
@@ -40,7 +40,7 @@ def main(path, method, kind, rows, gib, *options):
         steps, shape = packed_steps(data, rows)
         model = attach_lora(load_base(path, method, 'bfloat16', 'cuda'), make_config(method=method))
         states = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-        chosen = fast.Options(longest=LENGTH, budget=rows * LENGTH, fixed=shape, reserve=states, **{k: {'True': True, 'False': False}.get(v, v) for k, v in settings.items()})
+        chosen = fast.StepOptions(longest=LENGTH, budget=rows * LENGTH, fixed=shape, reserve=states, **{k: {'True': True, 'False': False}.get(v, v) for k, v in settings.items()})
         measure(fast.prepare(model, chosen), data, steps, **about)
     except Exception as e:
         import traceback

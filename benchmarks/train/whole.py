@@ -25,7 +25,7 @@ def timed(settings):
     for _ in range(WARM + TIMED):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        steps.take_step(job)
+        steps.train_step(job)
         torch.cuda.synchronize()
         found.append(time.perf_counter() - began)
     return found[WARM:]

@@ -125,7 +125,7 @@ def unlike(row):
     config, paths = make_config(**row['settings']), dict(held=0) | row['paths']
     fast, n, again = need(row['settings'], row['limit_gib'])['step'] == 'fast', model_shape(config.model).num_hidden_layers, config.gradient_checkpointing
     if not fast: return ['rows'] * (paths['rows'] == 'on') + ['recompute'] * (paths['recompute'] != ({'layer': n} if again else {}))
-    wanted = dict(rows='on', graph='on', compile='switched off' if config.torch_compile is False else 'on', held=0, recompute={'layer' if again else 'keep': n})
+    wanted = dict(rows='on', graph='on', compile='switched off' if config.torch_compile is False else 'on', held=0, recompute={'layer' if again else 'none': n})
     return [k for k, v in wanted.items() if paths.get(k) != v] + ['chunk'] * (row['chunk'] != chunk(config, row['limit_gib']))
 
 

@@ -1,7 +1,7 @@
 """Gaps of the allocator for the closed form's rules, from traces: python gaps.py [workers [kind ...]]. Writes gaps.json and prints the constants; half an hour on two cores, without a
 card. Only the kinds that are named are traced, all if none is; `python gaps.py 0` puts the rules of today beside the traces that are there.
 
-Rows end to end, compiled and not, and with DoRA, from 512 to 16,384 tokens of a pass (compiled: to 65,536), on all levels; whole models, which keep everything or compute layers again; and adapters in padded rows, with
+Rows end to end, compiled and not, and with DoRA, from 512 to 16,384 tokens of a pass (compiled: to 65,536), on all policies; whole models, which keep everything or compute layers again; and adapters in padded rows, with
 one pass for a step and with two. Padded rows are traced with all their layers. Every block is replayed.
 The constants are those of a grid that leave least: the worst difference to a trace, as a share of the process, and twice the root of the mean square.
 What is under counts one and a half times: a run that was said to need too little breaks off.
@@ -51,23 +51,23 @@ GRID = dict(compiled=dict(gaps_compiled=range(0, 60, 5), gaps_compiled_wide=np.a
 LINEAR = 'compiled', 'eager', 'int8', 'dora', 'again', 'padded'     # rules that are sums in their constants
 
 
-def case(model, method, rows, length, level=None, **more):
+def case(model, method, rows, length, policy=None, **more):
     "Settings, and what all layers keep."
     settings = dict(model=model, method=method, per_device_train_batch_size=rows, max_length=length, **more)
-    return settings, level and {level: model_shape(model).num_hidden_layers}
+    return settings, policy and {policy: model_shape(model).num_hidden_layers}
 
 
 def cases():
-    "(kind, settings, levels)."
-    levels = 'keep', 'mlp', 'layer'
-    for m, p, k in product(EAGER, EAGER_PASSES, levels): yield 'eager', *case(m, *p, k, torch_compile=False)
-    for m, p, k in product(DORA, DORA_PASSES, levels): yield 'dora', *case(m, *p, k, torch_compile=False, use_dora=True)
-    for m, p, k in product(INT8, INT8_PASSES, levels): yield 'int8', *case(m, *p, k)
-    for m, p, k in product(COMPILED, COMPILED_PASSES, levels):
+    "(kind, settings, policies)."
+    policies = 'none', 'mlp', 'layer'
+    for m, p, k in product(EAGER, EAGER_PASSES, policies): yield 'eager', *case(m, *p, k, torch_compile=False)
+    for m, p, k in product(DORA, DORA_PASSES, policies): yield 'dora', *case(m, *p, k, torch_compile=False, use_dora=True)
+    for m, p, k in product(INT8, INT8_PASSES, policies): yield 'int8', *case(m, *p, k)
+    for m, p, k in product(COMPILED, COMPILED_PASSES, policies):
         if p[2] <= max(2048, model_shape(m).max_position_embeddings): yield 'compiled', *case(m, *p, k)
-    for p, k in ((('lora', 2, 1024), 'keep'), (('qlora', 2, 1024), 'layer'), (('qlora', 1, 512), 'keep'), (('qlora', 4, 1024), 'layer')): yield 'eager', *case('gemma-3-1b', *p, k, torch_compile=False)
-    for more, k in product((dict(method='qlora', lora_r=64), dict(method='qlora', lora_r=4), dict(method='lora', target_modules=['q_proj', 'v_proj'])), ('keep', 'layer')):
-        yield 'compiled', *case('Llama-3.1-8B', rows=1, length=2048, level=k, **more)
+    for p, k in ((('lora', 2, 1024), 'none'), (('qlora', 2, 1024), 'layer'), (('qlora', 1, 512), 'none'), (('qlora', 4, 1024), 'layer')): yield 'eager', *case('gemma-3-1b', *p, k, torch_compile=False)
+    for more, k in product((dict(method='qlora', lora_r=64), dict(method='qlora', lora_r=4), dict(method='lora', target_modules=['q_proj', 'v_proj'])), ('none', 'layer')):
+        yield 'compiled', *case('Llama-3.1-8B', rows=1, length=2048, policy=k, **more)
     for m, again, optim in product(WHOLE, (False, True), ('adamw_torch', 'adamw_8bit')):
         for n, length in WHOLE_PASSES + LONG_PASSES * again:
             if length <= model_shape(m).max_position_embeddings: yield 'again' if again else 'whole', *case(m, 'full', n, length, gradient_checkpointing=again, optim=optim)
@@ -77,10 +77,10 @@ def cases():
         yield 'padded', *case(m, method, n, length, padding_free=False, lora_r=r, gradient_checkpointing=again, gradient_accumulation_steps=passes, optim=optim)
 
 
-def traced(kind, settings, levels):
+def traced(kind, settings, policies):
     "What a trace says."
-    found = trace(make_config(**settings), levels, whole=kind not in ('eager', 'int8', 'dora', 'compiled'))
-    return dict(kind=kind, settings=settings, levels=levels, allocated=found.allocated, reserved=found.reserved, process=found.process)
+    found = trace(make_config(**settings), policies, whole=kind not in ('eager', 'int8', 'dora', 'compiled'))
+    return dict(kind=kind, settings=settings, policies=policies, allocated=found.allocated, reserved=found.reserved, process=found.process)
 
 
 def rule(row):
@@ -89,7 +89,7 @@ def rule(row):
     def said(**constants):
         "The gaps that the closed form counts."
         with patch.dict(process_constants(), constants):
-            est = estimate(shape, **_wishes(config, 1.), levels=row['levels'], gradient_checkpointing=config.gradient_checkpointing is True)
+            est = estimate(shape, **_wishes(config, 1.), policies=row['policies'], gradient_checkpointing=config.gradient_checkpointing is True)
             return reserved_bytes(est, row['kind'] in ('compiled', 'int8'), config.method == 'int8') - tensors(est)
     return said
 
@@ -124,7 +124,7 @@ def main(workers='2', *kinds):
         found, left = best(kind, [r for r in rows if r['kind'] == kind])
         for name, n in found.items(): print(f'{name}: {n:g}')
         print(f'  leaves {min(left):+.2%} to {max(left):+.2%} of the process')
-    print(Table(['what', 'settings', 'levels', 'rule', 'of the process'], [[r['kind'], json.dumps(r['settings']), json.dumps(r['levels']), f"{r['rule'] / MiB:+.0f} MiB", f"{r['rule'] / r['process']:+.2%}"]
+    print(Table(['what', 'settings', 'policies', 'rule', 'of the process'], [[r['kind'], json.dumps(r['settings']), json.dumps(r['policies']), f"{r['rule'] / MiB:+.0f} MiB", f"{r['rule'] / r['process']:+.2%}"]
                                                                           for r in sorted(json.loads(path.read_text())['rows'], key=lambda r: -abs(r['rule'] / r['process']))[:12]]))
 
 

@@ -40,8 +40,8 @@ def open_context():
 
 
 def keep_all(job):
-    "From now on a card that is full ends the run: recordings, merged matrices and levels stay as they were prepared."
-    job.engine.retreat = lambda: False
+    "From now on a card that is full ends the run: recordings, merged matrices and policies stay as they were prepared."
+    job.engine.downgrade_after_oom = lambda: False
 
 
 def measure(settings, limit_gib, fixed=False):
@@ -54,7 +54,7 @@ def measure(settings, limit_gib, fixed=False):
     prepared, at_rest, highest = time.monotonic() - began, torch.cuda.memory_allocated(), 0
     torch.cuda.reset_peak_memory_stats()
     for _ in range(STEPS):
-        steps.take_step(job)
+        steps.train_step(job)
         torch.cuda.synchronize()
         total, each = on_card()
         highest = max(highest, (each.get(mine) or 0) if mine else total - used)

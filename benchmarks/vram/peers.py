@@ -27,8 +27,8 @@ TARGETS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down
 
 def again(row):
     "The share of the layers that are computed again, in part or as a whole."
-    levels = row['paths']['recompute']
-    return 1 - levels.get('keep', 0) / sum(levels.values()) if levels else 0
+    policies = row['paths']['recompute']
+    return 1 - policies.get('none', 0) / sum(policies.values()) if policies else 0
 
 
 def plain_sum(row):

@@ -1,6 +1,6 @@
 """Every measured row beside its predictions: python predict.py, after traces.py and peers.py. Writes predicted.json and prints the errors of both halves.
 
-Ours are two, the closed form and the trace. Both are told what the step chose on the card: levels, positions of the loss at a time, whether layers were compiled.
+Ours are two, the closed form and the trace. Both are told what the step chose on the card: policies, positions of the loss at a time, whether layers were compiled.
 
 What is compared: where rows lie end to end, the peak of the largest pass when the step was fitted, with gradients and without states, since later peaks are within recorded
 passes, which PyTorch does not count as allocated; where they are padded, the peak of three steps. Reserved and process bytes are those of the steps, recordings included.
@@ -13,8 +13,8 @@ from homelab_ft.core import GiB
 from homelab_ft.config import make_config
 from homelab_ft.table import Table
 from homelab_ft.io import now, write_json
-from homelab_ft.plan.memory.packed_step import PASS_GRAIN, padded
-from homelab_ft.plan.memory.inference import LATER
+from homelab_ft.plan.memory.packed_step import BUCKET_SIZE, padded
+from homelab_ft.plan.memory.inference import INFERENCE_PHASES
 from homelab_ft.plan.memory.overhead import process_bytes
 from homelab_ft.plan.trace.memory_pools import held_layers, merged_bytes
 from homelab_ft.plan.model_shape import model_shape
@@ -36,7 +36,7 @@ def room(row, config):
 def merged(row, found):
     "Bytes of merged matrices that the step will hold."
     config = make_config(**row['settings'])
-    if config.method != 'qlora' or config.use_dora or not fast(row) or set(row['paths']['recompute']) != {'keep'}: return 0
+    if config.method != 'qlora' or config.use_dora or not fast(row) or set(row['paths']['recompute']) != {'none'}: return 0
     shape = model_shape(config.model)
     each = merged_bytes(shape, config.target_modules)
     return each * held_layers(room(row, config), found['first_pass'], each, shape.num_hidden_layers)
@@ -49,33 +49,33 @@ def measured(row):
 
 def reserved_bytes(est, compiled=True, eight_bits=False):
     "Of the process in an estimate, what PyTorch has: all but context and libraries."
-    return est.step_peak - process_bytes(0, est.levels, est.step == 'fast', compiled, eight_bits=eight_bits)
+    return est.step_peak - process_bytes(0, est.policies, est.step == 'fast', compiled, eight_bits=eight_bits)
 
 
 def tensors(est):
     "The peak of the steps in an estimate, without context, libraries and gaps."
-    return max(sum(parts.values()) - parts['overhead'] for name, parts in est.phases.items() if name not in LATER)
+    return max(sum(parts.values()) - parts['overhead'] for name, parts in est.phases.items() if name not in INFERENCE_PHASES)
 
 
 def first_pass(est):
     "The largest pass in an estimate, without the optimizer's states."
-    return max(sum(parts.values()) - parts['overhead'] - parts['optimizer'] for name, parts in est.phases.items() if name not in ('optimizer step', *LATER))
+    return max(sum(parts.values()) - parts['overhead'] - parts['optimizer'] for name, parts in est.phases.items() if name not in ('optimizer step', *INFERENCE_PHASES))
 
 
 def repeated(row, est):
     "Bytes of keys and values that PyTorch before 2.12 repeats for every query head, where rows of a pass differ in length; uncompiled layers keep them. The closed form is for later ones. Values that are part of a fused result keep it alive if they are not repeated."
     shape, config = model_shape(row['settings']['model']), make_config(**row['settings'])
     tokens = config.per_device_train_batch_size * config.max_length
-    if not fast(row) or row['paths']['compile'] == 'on' or tokens % PASS_GRAIN == 0: return 0
+    if not fast(row) or row['paths']['compile'] == 'on' or tokens % BUCKET_SIZE == 0: return 0
     q, k = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     more = q - 3 * k if 'qkv_proj' in shape.linears else 2 * (q - k)
-    return 2 * padded(tokens)[0] * more * (est.levels.get('keep', 0) + est.levels.get('mlp', 0))
+    return 2 * padded(tokens)[0] * more * (est.policies.get('none', 0) + est.policies.get('mlp', 0))
 
 
 def closed(row):
     "The three figures of the closed form; None where it has no terms for rows end to end."
     config, given = as_it_ran(row)
-    est = estimate(model_shape(config.model), **_wishes(config, 1.), levels=given['levels'], chunk=given.get('chunk', 0), full_logits='loss' not in row['paths'], tried=given.get('tried', False))
+    est = estimate(model_shape(config.model), **_wishes(config, 1.), policies=given['policies'], chunk=given.get('chunk', 0), full_logits='loss' not in row['paths'], tried=given.get('tried', False))
     if fast(row) and est.step != 'fast': return None
     more, compiled = repeated(row, est), config.torch_compile is not False
     first = first_pass(est) + more

@@ -1,6 +1,6 @@
 """Every measured row through the traced mode: python traces.py [workers]. Writes traces.json; what is there already is not traced again.
 
-A row is traced as it ran: with the levels, the tiles and the loss that its step chose, without compiled layers where the step refused them. Padded rows are traced with all
+A row is traced as it ran: with the policies, the tiles and the loss that its step chose, without compiled layers where the step refused them. Padded rows are traced with all
 their layers, since their gaps grow with the layers: of a SmolLM2 with LoRA (1,024 tokens, not held back) few layers miss 45 MiB of reserved memory, all of them none.
 """
 import json, sys
@@ -33,18 +33,18 @@ def chunk(config, limit_gib):
     "Positions of the loss at a time on a card with a limit, as `rows.fit_loss` takes them; 0: as many as usual."
     if not limit_gib: return 0
     shape, n = model_shape(config.model), trained(config)
-    from homelab_ft.train.engine.ops.chunked_loss import chunk_rows
+    from homelab_ft.train.engine.ops.chunked_loss import chunk_size
     states = (2 if '8bit' in config.optim else 8) * n
     room = 0.96 * limit_gib * GiB - states - weight_bytes(shape, config.method, 2, config.bnb_4bit_use_double_quant) - 10 * n
-    return min(chunk_rows(shape.vocab_size), chunk_rows(shape.vocab_size, int(room) // (4 * 16)))
+    return min(chunk_size(shape.vocab_size), chunk_size(shape.vocab_size, int(room) // (4 * 16)))
 
 
 def as_it_ran(row):
     "Settings and arguments of `trace`."
     paths = row['paths']
-    if not fast(row): return make_config(**row['settings'] | dict(padding_free=False)), dict(levels=paths['recompute'] or None, whole=True) | (dict(tried=True) if 'plain one' in paths['rows'] else {})
+    if not fast(row): return make_config(**row['settings'] | dict(padding_free=False)), dict(policies=paths['recompute'] or None, whole=True) | (dict(tried=True) if 'plain one' in paths['rows'] else {})
     config = make_config(**row['settings'] | ({} if paths['compile'] == 'on' else dict(torch_compile=False)))
-    return config, dict(levels=paths['recompute'], tile=paths['tile'], chunk=chunk(config, row['limit_gib']))
+    return config, dict(policies=paths['recompute'], tile=paths['tile'], chunk=chunk(config, row['limit_gib']))
 
 
 def key(row):

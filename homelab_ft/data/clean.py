@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from html.entities import html5
 
 from ..core import DataError
-from .dedup import near_groups, normalise
+from .dedup import near_duplicate_groups, normalise
 from ..table import Table, table_html, table_markdown
 
 # %% ../../nbs/data/03_clean.ipynb #647ec063
@@ -211,7 +211,7 @@ def clean(
                                *(preferences if any(e.rejected is not None for e in examples) else [])):
         examples, rows = _drop(examples, find(examples))
         note(kind, action, rows)
-    report.rows_out, report.groups = len(examples), near_groups([e.prompt for e in examples])
+    report.rows_out, report.groups = len(examples), near_duplicate_groups([e.prompt for e in examples])
     alike = _by(list(zip(examples, report.groups)), lambda pair: pair[1])
     note('near_duplicate', 'kept together in the split', [e.row for e, g in zip(examples, report.groups) if len(alike[g]) > 1])
     if examples: return examples, report

@@ -38,7 +38,7 @@ def _beside(
 def read_examples(
     to_examples,         # `data.layout.to_examples`
     rows: list,          # dicts, as from `load_rows`
-    layout,              # as from `detect_layout`
+    layout,              # as from `detect_format`
     system_prompt: str = None,  # put before every example that has none
 ) -> list:               # `Example`s, those of preferences with `rejected`
     "Rows of any layout as examples; `DataError` for two answers to different prompts."

@@ -14,7 +14,7 @@ from ..core import ConfigError, DataError, Example
 from ..config import DataSettings, RunConfig
 from .chat_template import Encoded, check_template, encode, marked
 from .clean import CleaningReport, clean, cleaning_table
-from .formats import Layout, columns_of, detect_layout, to_examples
+from .formats import Layout, columns_of, detect_format, to_examples
 from .load import load_rows, source_fingerprint
 from .dedup import normalise
 from .preference import check_objective, read_examples, tokenize_any
@@ -85,7 +85,7 @@ def _read(
     "Load, clean and tokenize one file."
     rows = load_rows(path, config.encoding, None if layout else config.max_rows, config.seed)
     if layout: _check_columns(rows, layout)
-    else: layout = detect_layout(rows, config)
+    else: layout = detect_format(rows, config)
     check_objective(config, layout.kind)
     if layout.kind != 'text': check_template(tok)
     examples, cleaning = clean(read_examples(to_examples, rows, layout, config.system_prompt))

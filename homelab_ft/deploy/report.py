@@ -65,7 +65,7 @@ def _repeat_lines(
 def _read_text(
     path,                # a file that may be missing
 ) -> str:
-    "The text of a file, its headings one level deeper; empty if there is none."
+    "The text of a file, its headings one policy deeper; empty if there is none."
     if not path.exists(): return ''
     return '\n'.join('#' + line if line.startswith('#') else line for line in path.read_text(encoding='utf-8').splitlines())
 

@@ -19,7 +19,7 @@ from ..data.preference import Answers, Pairs
 from ..data.plain_text import is_text
 from ..data.tokenize import TokenCache, load_cache, make_cache, take
 from .bootstrap import Interval, paired_bootstrap, paired_bootstrap_accuracy
-from .likelihood import perplexity, row_nll
+from .likelihood import perplexity, sequence_nll
 from .preference import PREFERRED, preference_lines, preference_verdict
 from .metrics import accuracy, exact_match, macro_f1, matches
 from .inference import generate_greedy, label_logprobs
@@ -200,13 +200,13 @@ def _numbers(
 ) -> dict:                # nll, tokens, classes, texts, sides
     "Everything that is measured on one model."
     size = config.per_device_train_batch_size
-    nll, tokens = row_nll(model, cache, size, progress)
+    nll, tokens = sequence_nll(model, cache, size, progress)
     classes = None
     if labels:
         prompts = [prompt_ids(e.messages[:-1], tok) for e in examples]
         scores = label_logprobs(model, prompts, _label_ids(examples[0], labels, tok), batch_size=size, progress=progress)
         classes = [labels[i] for i in scores.argmax(1)]
-    sides = pairs and [-row_nll(model, Answers(c), size, progress)[0] for c in (pairs.chosen, pairs.rejected)]
+    sides = pairs and [-sequence_nll(model, Answers(c), size, progress)[0] for c in (pairs.chosen, pairs.rejected)]
     return dict(nll=nll, tokens=tokens, classes=classes, sides=sides, texts=_greedy_texts(model, tok, _asked(examples, config), config, progress))
 
 # %% ../../nbs/evaluate/06_compare.ipynb #7e0ebf4a

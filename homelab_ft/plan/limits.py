@@ -14,7 +14,7 @@ import numpy as np
 from ..core import ConfigError, GiB, near_matches
 from .model_shape import known_shapes, model_shape
 from .throughput import _check_numbers, _check_wishes
-from .memory.estimate import _check_sizes, estimate, fitted
+from .memory.estimate import _check_sizes, estimate, estimate_with_checkpointing
 
 # %% ../../nbs/plan/07_limits.ipynb #f943e8f1
 ARGUMENTS = ('method', 'lora_r', 'target_modules', 'batch_size', 'length', 'optim', 'dtype', 'double_quant', 'label_share', 'gradient_accumulation_steps',
@@ -50,7 +50,7 @@ def largest(
     _check(limit, margin, wishes, LARGEST[what])
     if what == 'model': return _largest_model(limit, shape, margin, wishes)
     high = dict(length=shape.max_position_embeddings, lora_r=1024, per_device_train_batch_size=4096)[what]
-    plan = lambda n: fitted(shape, limit, margin, **wishes | {LARGEST[what]: n})
+    plan = lambda n: estimate_with_checkpointing(shape, limit, margin, **wishes | {LARGEST[what]: n})
     found = bisect_left(range(1, high + 1), True, key=lambda n: not plan(n).fits(limit, margin))
     return found, plan(found or 1)
 
@@ -66,7 +66,7 @@ def _largest_model(
     shapes = known if names is None else {name: known[name] if name in known else model_shape(name) for name in names}
     for name in sorted(shapes, key=lambda name: -shapes[name].n_params):
         if wishes.get('length', 2048) > shapes[name].max_position_embeddings: continue
-        est = fitted(shapes[name], limit, margin, **wishes)
+        est = estimate_with_checkpointing(shapes[name], limit, margin, **wishes)
         if est.fits(limit, margin): return name, est
     return None, None
 
@@ -77,13 +77,13 @@ def length_batch_map(
     lengths,                               # tokens per row, in order
     batches,                               # rows of a pass, in order
     margin: float = 0.05,                  # share of the memory to leave free
-    gradient_checkpointing: bool = None,   # for all layers, as in `estimate`; None: levels fitted
+    gradient_checkpointing: bool = None,   # for all layers, as in `estimate`; None: policies fitted
     **wishes,                              # other arguments of `estimate`, of `ARGUMENTS`
 ) -> np.ndarray:                           # bytes needed, a row per length, a column per batch
     "What all pairs need."
     _check(limit, margin, wishes, 'length', 'batch_size')
     for n in lengths: _check_sizes(shape, n, wishes.get('label_share', 1))
-    plan = partial(fitted, shape, limit, margin) if gradient_checkpointing is None else partial(estimate, shape, gradient_checkpointing=gradient_checkpointing)
+    plan = partial(estimate_with_checkpointing, shape, limit, margin) if gradient_checkpointing is None else partial(estimate, shape, gradient_checkpointing=gradient_checkpointing)
     return np.array(_peaks(plan, lengths, batches, wishes))
 
 # %% ../../nbs/plan/07_limits.ipynb #903c8d3b

@@ -208,7 +208,7 @@ def what_quantizes(
 
 # %% ../../nbs/plan/02_model_shape.ipynb #1f29ac6b
 @patch
-def need_dense(self: ModelShape) -> ModelShape:      # itself
+def reject_moe(self: ModelShape) -> ModelShape:      # itself
     "`ModelError` for a mixture of experts: its parameters are counted, its memory is not predicted yet."
     if not self.num_experts: return self
     raise ModelError('no memory formula for a mixture of experts yet', value=f'{self.model_type}, {self.num_experts} experts in each layer',

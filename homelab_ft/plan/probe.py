@@ -17,7 +17,7 @@ from ..core import HardwareError, HomelabError, fmt_gib
 from ..config import RunConfig, make_config
 from ..table import Table
 from ..io import now, write_json
-from ..hardware.gpu import live_card
+from ..hardware.gpu import live_gpu
 from .memory.overhead import probes_file, process_bytes, read_probes
 from .trace.trace import _raw, trace
 from ..train.engine import autotune as fast, packing
@@ -32,15 +32,15 @@ def probe_job(
     raw: dict,              # content of `config.json`
     device: str = 'cuda',   # 'cpu': the plain step
     layers: int = 0,        # decoder layers to keep; 0: all
-) -> steps.Job:
-    "What `take_step` wants, prepared as in a run, with random weights and rows."
+) -> steps.TrainerContext:
+    "What `train_step` wants, prepared as in a run, with random weights and rows."
     model = random_model(config, raw, device, layers)
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * (STEPS + 1)
     cache = packing.RandomRows([config.max_length] * rows, 1., model.config.vocab_size)
-    engine = fast.engine_for(model, config, cache, device, 'bfloat16' if config.dtype == 'auto' else config.dtype)
+    engine = fast.build_step(model, config, cache, device, 'bfloat16' if config.dtype == 'auto' else config.dtype)
     run = SimpleNamespace(metrics_path=Path(tempfile.mkdtemp()) / 'metrics.jsonl')
     asked = config.model_copy(update=dict(warmup_steps=0))
-    return steps.Job(run, asked, model, engine, steps.make_optimizer(model, config), cache, None, steps.State(total_steps=STEPS + 1, peak=1e-5), None)
+    return steps.TrainerContext(run, asked, model, engine, steps.make_optimizer(model, config), cache, None, steps.State(total_steps=STEPS + 1, peak=1e-5), None)
 
 # %% ../../nbs/plan/10_probe.ipynb #253befe6
 def _held_here(live) -> int:
@@ -49,7 +49,7 @@ def _held_here(live) -> int:
     return mine[0] if mine else None
 
 def process_now(
-    live,                   # from `live_card`
+    live,                   # from `live_gpu`
     before: int = 0,        # bytes in use on the card before this process came
 ) -> int:
     "What the process takes on the card."
@@ -90,24 +90,24 @@ def probe_table(
 def _predicted(config, job) -> dict:
     "The traced figures for the step as it was prepared."
     paths, capability = job.engine.paths, torch.cuda.get_device_capability()
-    levels = paths.get('recompute') or None
-    said = trace(config, levels, tile=paths.get('tile', 0), chunk=getattr(job.engine, 'chunk', 0), card='hopper' if capability >= (9, 0) else 'ampere',
+    policies = paths.get('recompute') or None
+    said = trace(config, policies, tile=paths.get('tile', 0), chunk=getattr(job.engine, 'chunk', 0), card='hopper' if capability >= (9, 0) else 'ampere',
                  table_away='table' in paths, held=paths.get('held', 0), whole=paths['rows'] != 'on')       # gaps of padded rows grow with the layers
     return dict(allocated=said.first_pass if paths.get('peak_bytes') else said.allocated, reserved=said.reserved, process=said.process)
 
 # %% ../../nbs/plan/10_probe.ipynb #51cbb07f
 def _measured(config) -> tuple:
     "(job after three steps, bytes of the context, highest bytes of the process)."
-    live = live_card()
+    live = live_gpu()
     before = live.total_bytes - live.free_bytes
     torch.zeros(1, device='cuda')
-    context, highest = process_now(live_card(), before), 0
+    context, highest = process_now(live_gpu(), before), 0
     job = probe_job(config, _raw(config.model))
     torch.cuda.reset_peak_memory_stats()
     for _ in range(STEPS):
-        steps.take_step(job)
+        steps.train_step(job)
         torch.cuda.synchronize()
-        highest = max(highest, process_now(live_card(), before))
+        highest = max(highest, process_now(live_gpu(), before))
     return job, context, highest
 
 # %% ../../nbs/plan/10_probe.ipynb #ad114c7c

@@ -34,7 +34,7 @@ def _ideas(
     rows, passes, rank, length, method, n = args['batch_size'], args['gradient_accumulation_steps'], args['lora_r'], args['length'], args['method'], shape.num_hidden_layers
     ideas = [(f'{rows // k} × {passes * k} instead of {rows} × {passes} rows × passes', dict(batch_size=rows // k, gradient_accumulation_steps=passes * k), '')
              for k in sorted({2, rows}) if rows > 1 and rows % k == 0]
-    ideas += [(f'all layers at level {level}', dict(levels={level: n}), '') for level in ('mlp', 'layer', 'offload')]
+    ideas += [(f'all layers at policy {policy}', dict(policies={policy: n}), '') for policy in ('mlp', 'layer', 'offload')]
     if '8bit' not in args['optim']: ideas.append(('8-bit optimizer', dict(optim='adamw_8bit'), 'states of the optimizer are rounded'))
     if method == 'full': ideas.append(('an adapter', dict(method='lora'), f'an adapter of rank {rank} learns instead of all weights'))
     elif rank > 1: ideas.append((f'rank {rank // 2}', dict(lora_r=rank // 2), 'the adapter can express less'))
@@ -44,12 +44,12 @@ def _ideas(
 
 # %% ../../nbs/plan/08_remedies.ipynb #3e39773b
 ARGUMENTS = ('method', 'lora_r', 'target_modules', 'batch_size', 'length', 'gradient_checkpointing', 'optim', 'dtype', 'double_quant', 'label_share',
-             'gradient_accumulation_steps', 'padding_free', 'levels', 'torch_compile', 'card', 'chunk', 'max_new_tokens', 'correction', 'use_dora')     # of `estimate`
+             'gradient_accumulation_steps', 'padding_free', 'policies', 'torch_compile', 'card', 'chunk', 'max_new_tokens', 'correction', 'use_dora')     # of `estimate`
 _USUAL = dict(method='qlora', lora_r=16, batch_size=1, length=2048, gradient_accumulation_steps=1, optim='adamw_torch', label_share=1.0)
 
 # %% ../../nbs/plan/08_remedies.ipynb #0b066338
 def remedies(
-    est: MemoryEstimate,     # from `estimate` or `fitted`
+    est: MemoryEstimate,     # from `estimate` or `estimate_with_checkpointing`
     shape,                   # the model, a `ModelShape`
     limit: float,            # bytes of the card
     margin: float = 0.05,    # share of it to leave free
@@ -63,11 +63,11 @@ def remedies(
 
 # %% ../../nbs/plan/08_remedies.ipynb #42bf5e19
 def _made_with(est, shape, limit, margin, wishes) -> dict:
-    "The arguments of an estimate, among them what `fitted` chose."
+    "The arguments of an estimate, among them what `estimate_with_checkpointing` chose."
     _check_numbers(False, limit_bytes=limit)
     _check_wishes(wishes, ARGUMENTS)
-    wishes = {k: v for k, v in wishes.items() if k != 'gradient_checkpointing'} | dict(levels=est.levels)
-    fewer = chunk_for(shape.vocab_size, limit * (1 - margin) - sum(estimate(shape, **wishes | dict(levels=None)).phases['optimizer step'].values()))
+    wishes = {k: v for k, v in wishes.items() if k != 'gradient_checkpointing'} | dict(policies=est.policies)
+    fewer = chunk_for(shape.vocab_size, limit * (1 - margin) - sum(estimate(shape, **wishes | dict(policies=None)).phases['optimizer step'].values()))
     for chunk in (wishes.get('chunk', 0), fewer):
         args = wishes | dict(chunk=chunk)
         if estimate(shape, **args).phases == est.phases: return args
@@ -85,11 +85,11 @@ def _remedy(est, shape, args, name, changes, what_changes) -> Remedy:
 def _per_token(shape, args, est) -> float:
     "Seconds per token on the card that was measured."
     tokens = args['batch_size'] * args['length']
-    return pass_seconds(total_operations(shape, args['method'], est.levels, args['length'], args), tokens) / tokens
+    return pass_seconds(total_operations(shape, args['method'], est.policies, args['length'], args), tokens) / tokens
 
 # %% ../../nbs/plan/08_remedies.ipynb #22bd30c7
 def explain(
-    est: MemoryEstimate,     # from `estimate` or `fitted`
+    est: MemoryEstimate,     # from `estimate` or `estimate_with_checkpointing`
     shape,                   # the model, a `ModelShape`
     limit: float,            # bytes of the card
     margin: float = 0.05,    # share of it to leave free

@@ -16,7 +16,7 @@ class Question:
     "A card, a model, rows, and what is wished for."
     shape: object            # the model, a `ModelShape`
     limit: float             # bytes
-    card: object             # a `Card`, or None
+    card: object             # a `Gpu`, or None
     margin: float            # share left free
     lengths: np.ndarray      # tokens of all rows
     tokens: float            # of the data set, None if not known

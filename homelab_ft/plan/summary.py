@@ -10,17 +10,17 @@ import json
 
 from ..core import ConfigError, GiB, fmt_gib
 from ..config import RunConfig
-from ..hardware.gpu_catalog import card_of, find_card, limit_bytes
+from ..hardware.gpu_catalog import gpu_name_of, find_gpu, limit_bytes
 from ..hardware.machine import detect_machine
-from ..hardware.gpu import live_card
+from ..hardware.gpu import live_gpu
 from .memory.estimate import estimate_table, verdict
 
 # %% ../../nbs/plan/09_summary.ipynb #bdb44643
-def this_card() -> tuple:    # (what it is, bytes that a run may take, device, what to print, the `Card` if it is known)
+def this_card() -> tuple:    # (what it is, bytes that a run may take, device, what to print, the `Gpu` if it is known)
     "The card in this machine."
-    machine, live = detect_machine(), live_card()
+    machine, live = detect_machine(), live_gpu()
     limit = live and live.usable_bytes or machine.total_bytes
-    return machine.gpu_name or machine.cpu_name, limit, machine.device, [machine, *([live] if live else [])], card_of(machine)
+    return machine.gpu_name or machine.cpu_name, limit, machine.device, [machine, *([live] if live else [])], gpu_name_of(machine)
 
 # %% ../../nbs/plan/09_summary.ipynb #4b75c7f9
 def planned_card(
@@ -29,7 +29,7 @@ def planned_card(
 ) -> tuple:              # as `this_card`
     "The card that is asked for, or the one in this machine; `ConfigError` for one that cannot be."
     if gpu is not None:
-        card = find_card(gpu)
+        card = find_gpu(gpu)
         return card.id, limit_bytes(card), 'auto', [card], card
     if gib is None: return this_card()
     if not gib > 0: raise ConfigError('--gib is no amount of memory', value=gib, allowed='more than 0', next_step='for example --gib 12')
@@ -40,7 +40,7 @@ def about_step(
     est,                 # a `MemoryEstimate`
 ) -> str:
     "Which step the estimate is about, and what its layers keep, in a sentence."
-    kept = ', '.join(f'{n} {level}' for level, n in est.levels.items()) + (f'; {fmt_gib(est.host)} wait in host memory' if est.host else '')
+    kept = ', '.join(f'{n} {policy}' for policy, n in est.policies.items()) + (f'; {fmt_gib(est.host)} wait in host memory' if est.host else '')
     if est.step == 'fast': return f'Layers by what they keep: {kept}.'
     return f'Figures of the plain step ({est.step.partition(": ")[2]}); layers by what they keep: {kept}. Where a run lays rows end to end it takes less: ask with --trace.'
 
@@ -63,4 +63,4 @@ def plan_json(
     return json.dumps(dict(model=config.model, method=config.method, max_length=config.max_length, batch_size=config.per_device_train_batch_size,
                            gradient_accumulation_steps=config.gradient_accumulation_steps, packing=config.packing, optim=config.optim, card=name,
                            limit_bytes=limit, fits=est.fits(limit), peak_bytes=est.peak, needed_bytes=est.needed, peak_phase=est.phase, parts=est.parts, phases=est.phases,
-                           step_peak_bytes=est.step_peak, levels=est.levels, step=est.step), indent=1)
+                           step_peak_bytes=est.step_peak, policies=est.policies, step=est.step), indent=1)

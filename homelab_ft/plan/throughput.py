@@ -45,7 +45,7 @@ def pairs_per_token(
     return float((n * (n + 1) / 2).sum() / n.sum())
 
 # %% ../../nbs/plan/03_throughput.ipynb #89b7584b
-INSIDE = ('gate_proj', 'up_proj', 'gate_up_proj')     # what level `mlp` computes again
+INSIDE = ('gate_proj', 'up_proj', 'gate_up_proj')     # what policy `mlp` computes again
 
 # %% ../../nbs/plan/03_throughput.ipynb #d667d5d6
 def _adapted(
@@ -64,21 +64,21 @@ def _adapted(
 # %% ../../nbs/plan/03_throughput.ipynb #41159c8e
 def _again(
     shape,                   # the model, a `ModelShape`
-    levels: dict,            # level -> layers
+    policies: dict,            # policy -> layers
     attention: float,        # operations of one layer's attention forward
 ) -> float:
     "Operations per token that are done a second time."
-    unknown = [level for level in levels if level not in ('keep', 'mlp', 'layer', 'offload')]
-    if unknown: raise ConfigError('unknown level', value=unknown[0], allowed='keep, mlp, layer, offload', next_step='give layers one of these')
+    unknown = [policy for policy in policies if policy not in ('none', 'mlp', 'layer', 'offload')]
+    if unknown: raise ConfigError('unknown policy', value=unknown[0], allowed='none, mlp, layer, offload', next_step='give layers one of these')
     inside = sum(i * o for name, (i, o, _) in shape.linears.items() if name in INSIDE)
-    whole = levels.get('layer', 0) + levels.get('offload', 0)
-    return 2 * inside * levels.get('mlp', 0) + (2 * shape.linear_params + attention) * whole
+    whole = policies.get('layer', 0) + policies.get('offload', 0)
+    return 2 * inside * policies.get('mlp', 0) + (2 * shape.linear_params + attention) * whole
 
 # %% ../../nbs/plan/03_throughput.ipynb #f3020782
 def operations_per_token(
     shape,                           # the model, a `ModelShape`
     method: str = 'qlora',           # full, lora, int8 or qlora
-    levels: dict = {},               # level -> layers; empty: all keep what they need
+    policies: dict = {},               # policy -> layers; empty: all keep what they need
     lengths=2048,                    # tokens of one row, or an array of all rows' tokens
     label_share: float = 1.0,        # share of positions that carry loss
     lora_r: int = 16,                # rank
@@ -88,24 +88,24 @@ def operations_per_token(
     if method not in ('full', 'lora', 'int8', 'qlora'): raise ConfigError('unknown method', value=method, allowed='full, lora, int8, qlora', next_step='choose from these')
     if not 0 < label_share <= 1: raise ConfigError('label_share is no share', value=label_share, allowed='above 0, at most 1', next_step='1 is the worst case')
     _check_numbers(True, lora_r=lora_r)
-    n, trained = shape.need_dense().num_hidden_layers, method == 'full'
+    n, trained = shape.reject_moe().num_hidden_layers, method == 'full'
     attention = 4 * pairs_per_token(lengths) * shape.num_attention_heads * shape.head_dim      # one layer, forward
     return dict(layers=(6 if trained else 4) * n * shape.linear_params, adapter=0 if trained else 6 * n * _adapted(shape, lora_r, target_modules),
-                attention=3.5 * n * attention, head=(6 if trained else 4) * shape.vocab_size * shape.hidden_size * label_share, again=_again(shape, levels, attention))
+                attention=3.5 * n * attention, head=(6 if trained else 4) * shape.vocab_size * shape.hidden_size * label_share, again=_again(shape, policies, attention))
 
 # %% ../../nbs/plan/03_throughput.ipynb #c559153b
-COUNTED = ('label_share', 'lora_r', 'target_modules')     # settings that operations depend on, beside method, levels and lengths
+COUNTED = ('label_share', 'lora_r', 'target_modules')     # settings that operations depend on, beside method, policies and lengths
 
 # %% ../../nbs/plan/03_throughput.ipynb #ba71c361
 def total_operations(
     shape,                   # the model, a `ModelShape`
     method: str,             # full, lora, int8 or qlora
-    levels: dict,            # level -> layers
+    policies: dict,            # policy -> layers
     lengths,                 # tokens of one row, or an array of all rows' tokens
     settings: dict = {},     # name -> value; those that are not `COUNTED` are passed over
 ) -> float:                  # per token
     "The sum of `operations_per_token`."
-    return sum(operations_per_token(shape, method, levels, lengths, **{k: settings[k] for k in COUNTED if k in settings}).values())
+    return sum(operations_per_token(shape, method, policies, lengths, **{k: settings[k] for k in COUNTED if k in settings}).values())
 
 # %% ../../nbs/plan/03_throughput.ipynb #28349e64
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def pass_seconds(
 
 # %% ../../nbs/plan/03_throughput.ipynb #6ecb5246
 def why_no_speed(
-    card,                        # a `Card`, or None
+    card,                        # a `Gpu`, or None
     method: str = 'qlora',       # full, lora, int8 or qlora
     step: str = 'fast',          # `MemoryEstimate.step`
     dtype: str = 'bfloat16',     # compute type
@@ -152,7 +152,7 @@ def why_no_speed(
 
 # %% ../../nbs/plan/03_throughput.ipynb #eb383704
 def about_speed(
-    card,                        # a `Card`, or None
+    card,                        # a `Gpu`, or None
     method: str = 'qlora',       # full, lora, int8 or qlora
     step: str = 'fast',          # `MemoryEstimate.step`
     dtype: str = 'bfloat16',     # compute type
@@ -165,19 +165,19 @@ def about_speed(
 
 # %% ../../nbs/plan/03_throughput.ipynb #c96c8c6e
 def tokens_per_second(
-    card,                            # a `Card`, or None
+    card,                            # a `Gpu`, or None
     shape,                           # the model, a `ModelShape`
     tokens: float,                   # of a pass, without padding
     method: str = 'qlora',           # full, lora, int8 or qlora
     step: str = 'fast',              # `MemoryEstimate.step`
     dtype: str = 'bfloat16',         # compute type
-    levels: dict = {},               # level -> layers
+    policies: dict = {},               # policy -> layers
     lengths=2048,                    # tokens of one row, or an array of all rows' tokens
     **settings,                      # others that operations depend on, of `COUNTED`
 ) -> float:                          # None if it is not known
     "Tokens that a card trains on in a second."
     _check_wishes(settings, COUNTED)
-    operations = total_operations(shape, method, levels, lengths, settings)
+    operations = total_operations(shape, method, policies, lengths, settings)
     if why_no_speed(card, method, step, dtype): return None
     return tokens / pass_seconds(operations, tokens, card.bf16_tflops)
 

@@ -14,7 +14,7 @@ from ..core import ConfigError, ModelError, RunError, embedded_model, model_path
 from ..config import RunConfig
 from .checkpoint import write_folder
 from .full_finetuning import all_weights, fill_folder, learn_all, load_full, put_weights
-from .engine.ops.neftune import add_noise
+from .engine.ops.neftune import add_neftune
 
 # %% ../../nbs/train/02_lora.ipynb #ec13d966
 def linear_names(
@@ -71,7 +71,7 @@ def attach_lora(
     torch.manual_seed(config.seed)
     settings = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
                           target_modules=targets, use_rslora=config.use_rslora, use_dora=config.use_dora, task_type='CAUSAL_LM')
-    add_noise(model, config.neftune_noise_alpha)
+    add_neftune(model, config.neftune_noise_alpha)
     return get_peft_model(model, settings, autocast_adapter_dtype=True).train()
 
 # %% ../../nbs/train/02_lora.ipynb #fe246fb8
@@ -90,7 +90,7 @@ def attach(
 ):                          # what learns, in training mode
     "The model with a fresh adapter, or, for `method=full`, with every weight free to learn."
     if config.method != 'full': return attach_lora(model, config)
-    add_noise(model, config.neftune_noise_alpha)
+    add_neftune(model, config.neftune_noise_alpha)
     return learn_all(model, dtype)
 
 # %% ../../nbs/train/02_lora.ipynb #e31e5487

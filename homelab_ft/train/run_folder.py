@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'RunFolder', 'versions', 'create_run', 'open_run', 'update_manifest', 'log_metrics', 'log_event', 'events',
-           'cut_metrics', 'RunLock', 'is_locked', 'RunStatus', 'status', 'history', 'check_start', 'send',
+           'truncate_metrics', 'RunLock', 'is_locked', 'RunStatus', 'status', 'history', 'check_start', 'send',
            'pending_commands']
 
 # %% ../../nbs/train/06_run_folder.ipynb #7606525b
@@ -135,7 +135,7 @@ def events(
     return read_jsonl(run.events_path)
 
 # %% ../../nbs/train/06_run_folder.ipynb #ff730728
-def cut_metrics(
+def truncate_metrics(
     run: RunFolder,          # the run
     step: int,               # last training step to keep
     evaluated: int,          # last evaluated step to keep; an evaluation right after the checkpoint will be repeated

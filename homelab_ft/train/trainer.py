@@ -17,15 +17,15 @@ from ..plan.cost import project
 from ..hardware.energy import EnergyMeter
 from ..hardware.machine import check_disk, detect_machine
 from .checkpoint import checkpoints, prune, read_checkpoint, save_checkpoint, sweep
-from .engine.padded import mean_nll, step_summary
+from .engine.padded import mean_nll, describe_step
 from .lora import adapter_tensors, attach, check_targets, save_adapter, set_adapter, trainable_parameters
 from .dpo import check_preference, load_pairs, preference_engine
-from .base_model import check_machine, load_base, memory_advice, model_fingerprint, peak_memory, resolve_device, resolve_dtype, weight_bytes
-from .schedule import Job, State, count_rows, count_time, interval, make_optimizer, rate_factor, read_losses, take_step, total_steps
-from .run_folder import RunFolder, RunLock, RunStatus, check_start, cut_metrics, log_event, log_metrics, open_run, pending_commands, send, status, update_manifest
+from .base_model import validate_method, load_base, explain_oom, model_fingerprint, peak_memory, resolve_device, resolve_dtype, weight_bytes
+from .schedule import TrainerContext, State, count_sequences, count_time, interval, make_optimizer, lr_multiplier, read_losses, train_step, total_steps
+from .run_folder import RunFolder, RunLock, RunStatus, check_start, truncate_metrics, log_event, log_metrics, open_run, pending_commands, send, status, update_manifest
 
 # %% ../../nbs/train/08_trainer.ipynb #218d9f43
-def _keep_best(job: Job, loss: float):
+def _keep_best(job: TrainerContext, loss: float):
     "Remember the adapter if it is the best so far; count if it is not."
     s = job.state
     s.evaluated = s.step
@@ -33,7 +33,7 @@ def _keep_best(job: Job, loss: float):
     else: s.worse += 1
 
 # %% ../../nbs/train/08_trainer.ipynb #263e08f5
-def _validation_loss(job: Job) -> tuple:
+def _validation_loss(job: TrainerContext) -> tuple:
     "The loss on the validation rows, and what else the engine watches there."
     size = job.config.per_device_train_batch_size
     with job.engine.evaluating():
@@ -41,7 +41,7 @@ def _validation_loss(job: Job) -> tuple:
         return mean_nll(job.model, job.validation, batch_size=size), {}
 
 # %% ../../nbs/train/08_trainer.ipynb #52e8b56a
-def _evaluate(job: Job):
+def _evaluate(job: TrainerContext):
     "Validation loss now; remembers the adapter if it is the best so far."
     read_losses(job, 0)
     s = job.state
@@ -53,7 +53,7 @@ def _evaluate(job: Job):
     log_metrics(job.run, kind='eval', step=s.step, loss=loss, tokens=s.tokens, seconds=round(s.seconds, 3), **watched)
 
 # %% ../../nbs/train/08_trainer.ipynb #e370b7b8
-def _save(job: Job):
+def _save(job: TrainerContext):
     "Write a checkpoint and forget old ones."
     read_losses(job, 0)
     count_time(job)
@@ -65,7 +65,7 @@ def _save(job: Job):
     log_event(job.run, 'checkpoint', step=job.state.step, control_line=job.state.control_line)
 
 # %% ../../nbs/train/08_trainer.ipynb #fb95a3d3
-def _pilot(job: Job):
+def _pilot(job: TrainerContext):
     "Project time, energy and cost from the first steps."
     s, c = job.state, job.config
     s.piloted = True
@@ -76,7 +76,7 @@ def _pilot(job: Job):
     _fit_minutes(job, sum(job.durations[1:]) / max(1, len(job.durations) - 1))
 
 # %% ../../nbs/train/08_trainer.ipynb #d1ce9c41
-def _fit_minutes(job: Job, pace: float):
+def _fit_minutes(job: TrainerContext, pace: float):
     "Drop the steps that do not fit into `max_minutes`."
     s, c = job.state, job.config
     if not c.max_minutes: return
@@ -87,10 +87,10 @@ def _fit_minutes(job: Job, pace: float):
     _save(job)
 
 # %% ../../nbs/train/08_trainer.ipynb #3b8dcce0
-def _set_rate(job: Job, value: float):
+def _set_rate(job: TrainerContext, value: float):
     "Continue with this learning rate."
     s = job.state
-    s.peak, s.factor_then = value, rate_factor(s.step, s.total_steps, job.config)
+    s.peak, s.factor_then = value, lr_multiplier(s.step, s.total_steps, job.config)
     _save(job)
 
 # %% ../../nbs/train/08_trainer.ipynb #bdc7bbe6
@@ -100,7 +100,7 @@ DO = {'pause': lambda job, value: setattr(job, 'paused', True), 'resume': lambda
 SAID = {'pause': 'paused', 'resume': 'resumed', 'stop': 'stopping', 'save': 'saved', 'evaluate': 'evaluated', 'learning_rate': 'learning_rate'}
 
 # %% ../../nbs/train/08_trainer.ipynb #3ae38f37
-def _obey(job: Job):
+def _obey(job: TrainerContext):
     "Do what was asked since the last step; returns when the run is not paused."
     while not job.stopping:
         commands, job.state.control_line = pending_commands(job.run, job.state.control_line)
@@ -112,12 +112,12 @@ def _obey(job: Job):
         job.clock = time.monotonic()
 
 # %% ../../nbs/train/08_trainer.ipynb #3c2e10ae
-def _loop(job: Job) -> str:
+def _loop(job: TrainerContext) -> str:
     "Steps until the plan is done, the validation loss stops improving, or somebody says stop."
-    s, c, n = job.state, job.config, count_rows(job.train.lengths, job.config)
+    s, c, n = job.state, job.config, count_sequences(job.train.lengths, job.config)
     job.clock = time.monotonic()
     while s.step < s.total_steps and not job.early:
-        take_step(job)
+        train_step(job)
         count_time(job)
         if s.step % interval(c.eval_steps, n, s.total_steps, c) == 0:
             _evaluate(job)
@@ -142,7 +142,7 @@ def _refuse_early(c: RunConfig) -> tuple:
     "Refuse what can be refused without weights; say where and in which precision."
     device, dtype = resolve_device(c), resolve_dtype(c)
     check_preference(c)
-    check_machine(c, device)
+    validate_method(c, device)
     check_targets(c)
     return device, dtype
 
@@ -155,12 +155,12 @@ def _model(c: RunConfig, device: str, dtype: str) -> tuple:
 # %% ../../nbs/train/08_trainer.ipynb #1af0461f
 def _engine(model, c: RunConfig, train, device: str, dtype: str):
     "What takes the gradients of this run."
-    from homelab_ft.train.engine.autotune import engine_for    # imports torch
+    from homelab_ft.train.engine.autotune import build_step    # imports torch
     if c.objective == 'dpo': return preference_engine(model, c, train, device)
-    return engine_for(model, c, train, device, dtype)
+    return build_step(model, c, train, device, dtype)
 
 # %% ../../nbs/train/08_trainer.ipynb #38d26638
-def _load(run: RunFolder) -> Job:
+def _load(run: RunFolder) -> TrainerContext:
     "Model, adapter, optimizer and rows, at step 0."
     c, began = run.config(), time.monotonic()
     train, validation = (_rows(run, part, c.objective) for part in ('train', 'validation'))
@@ -173,11 +173,11 @@ def _load(run: RunFolder) -> Job:
     update_manifest(run, machine=asdict(detect_machine()), device=device, dtype=dtype, engine=engine.paths, base_model=model_fingerprint(c.model),
                     training_rows=train.fingerprint, trainable_parameters=trained, parameters=total, weight_bytes=size,
                     loading_seconds=round(time.monotonic() - began, 2))
-    state = State(total_steps=total_steps(count_rows(train.lengths, c), c), peak=c.learning_rate)
-    return Job(run, c, model, engine, optimizer, train, validation, state, EnergyMeter(c.assumed_watts))
+    state = State(total_steps=total_steps(count_sequences(train.lengths, c), c), peak=c.learning_rate)
+    return TrainerContext(run, c, model, engine, optimizer, train, validation, state, EnergyMeter(c.assumed_watts))
 
 # %% ../../nbs/train/08_trainer.ipynb #46ef2fd3
-def _restore(job: Job):
+def _restore(job: TrainerContext):
     "Continue from the last whole checkpoint, if there is one; later metrics are removed."
     sweep(job.run.path)
     sweep(job.run.checkpoints_path)
@@ -188,10 +188,10 @@ def _restore(job: Job):
         job.state, job.best = State(**saved['state']), saved['best']
         set_adapter(job.model, saved['adapter'])
         job.optimizer.load_state_dict(saved['optimizer'])
-    cut_metrics(job.run, job.state.step, job.state.evaluated)
+    truncate_metrics(job.run, job.state.step, job.state.evaluated)
 
 # %% ../../nbs/train/08_trainer.ipynb #647d5437
-def _report_end(job: Job, how: str):
+def _report_end(job: TrainerContext, how: str):
     "Checkpoint, adapter, and the last event."
     s = job.state
     _save(job)
@@ -214,13 +214,13 @@ def _work(run: RunFolder, done: int):
     job = _load(run)
     _restore(job)
     job.state.control_line = done
-    log_event(run, 'training', step=job.state.step, total_steps=job.state.total_steps, engine=step_summary(job.engine.paths))
+    log_event(run, 'training', step=job.state.step, total_steps=job.state.total_steps, engine=describe_step(job.engine.paths))
     _report_end(job, _loop(job))
 
 # %% ../../nbs/train/08_trainer.ipynb #c0ce1d74
 def _log_failure(run: RunFolder, error: Exception) -> Exception:
     "The last event of a run that failed."
-    error = memory_advice(error)
+    error = explain_oom(error)
     log_event(run, 'failed', error=str(error) if isinstance(error, HomelabError) else f'{type(error).__name__}: {error}')
     return error
 

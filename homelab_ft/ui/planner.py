@@ -21,8 +21,8 @@ from ..plan.remedies import explain
 from ..hardware.machine import detect_machine
 from ..plan.limits import _frontier, length_batch_map
 from ..plan.model_shape import KNOWN
-from ..hardware.gpu_catalog import find_card, limit_bytes, read_cards
-from ..plan.memory.estimate import METHODS, OPTIMIZER_BYTES, PART_COLORS, PART_LABELS, MemoryEstimate, estimate, fitted, model_shape, verdict
+from ..hardware.gpu_catalog import find_gpu, limit_bytes, read_gpus
+from ..plan.memory.estimate import METHODS, OPTIMIZER_BYTES, PART_COLORS, PART_LABELS, MemoryEstimate, estimate, estimate_with_checkpointing, model_shape, verdict
 from ..plan.summary import about_step
 
 # %% ../../nbs/ui/01_planner.ipynb #08978b07
@@ -30,7 +30,7 @@ from ..plan.summary import about_step
 class PlannerState:
     "Everything the planner's controls can be set to; sizes in GiB and tokens."
     model: str = 'Llama-3.1-8B'              # whatever `model_shape` takes
-    card: str = 'rtx-4090'                   # a card that `find_card` knows, or memory such as '11.6 GiB'
+    card: str = 'rtx-4090'                   # a card that `find_gpu` knows, or memory such as '11.6 GiB'
     method: str = 'qlora'                    # full, lora, int8, qlora
     lora_r: int = 16                         # rank
     length: int = 2048                       # tokens per row
@@ -41,20 +41,20 @@ class PlannerState:
 
 # %% ../../nbs/ui/01_planner.ipynb #32cd9646
 _shape = lru_cache(maxsize=64)(model_shape)    # a Hub id must not be asked for at every move of a slider
-_cards = lru_cache(maxsize=1)(read_cards)      # nor the file be read
+_cards = lru_cache(maxsize=1)(read_gpus)      # nor the file be read
 
 def card_bytes(
-    card: str,               # a card that `find_card` knows, or memory such as '11.6 GiB'
+    card: str,               # a card that `find_gpu` knows, or memory such as '11.6 GiB'
 ) -> int:
     "Memory that a plan may count on; `ConfigError` for a card that is not known."
     number, _, unit = card.partition(' ')
     if unit == 'GiB' and number.replace('.', '', 1).isdigit(): return round(float(number) * GiB)
-    return limit_bytes(find_card(card, cards=_cards()))
+    return limit_bytes(find_gpu(card, cards=_cards()))
 
 def _asked(
     state: PlannerState,     # what the controls say
 ) -> tuple:                  # (the model, bytes of the card, arguments of `estimate`)
-    "What is to be planned; without `gradient_checkpointing` levels are fitted, which whole models do not know."
+    "What is to be planned; without `gradient_checkpointing` policies are fitted, which whole models do not know."
     wishes = {k: v for k, v in asdict(state).items() if k not in ('model', 'card', 'gradient_checkpointing')}
     asked = state.gradient_checkpointing
     if asked != 'auto' or state.method == 'full': wishes['gradient_checkpointing'] = asked == 'yes'
@@ -64,9 +64,9 @@ def _asked(
 def planner_estimate(
     state: PlannerState,     # what the controls say
 ) -> MemoryEstimate:
-    "The estimate for a state; raises what `estimate`, `model_shape` and `find_card` raise."
+    "The estimate for a state; raises what `estimate`, `model_shape` and `find_gpu` raise."
     shape, limit, wishes = _asked(state)
-    return estimate(shape, **wishes) if 'gradient_checkpointing' in wishes else fitted(shape, limit, **wishes)
+    return estimate(shape, **wishes) if 'gradient_checkpointing' in wishes else estimate_with_checkpointing(shape, limit, **wishes)
 
 # %% ../../nbs/ui/01_planner.ipynb #d64c3b60
 BAR_WIDTH, ROW_HEIGHT, LABEL_WIDTH = 480, 22, 150    # pixels
@@ -215,7 +215,7 @@ def _frame(place, lengths, batches, here) -> str:
 
 # %% ../../nbs/ui/01_planner.ipynb #8c0b346f
 CHOICES = dict(
-    model=('embedded', *KNOWN), card=tuple(read_cards()), method=METHODS, lora_r=(4, 8, 16, 32, 64, 128, 256),
+    model=('embedded', *KNOWN), card=tuple(read_gpus()), method=METHODS, lora_r=(4, 8, 16, 32, 64, 128, 256),
     length=(128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768), batch_size=(1, 2, 4, 8, 16, 32, 64), gradient_checkpointing=('auto', 'no', 'yes'),
     optim=tuple(OPTIMIZER_BYTES), label_share=(0.05, 0.1, 0.25, 0.5, 0.75, 1.0))
 

@@ -24,28 +24,28 @@ def process_constants() -> dict:    # name -> bytes, and their `source`
 
 # %% ../../../nbs/plan/memory/05_overhead.ipynb #e5fb433c
 def library_bytes(
-    levels: dict,           # level -> layers
+    policies: dict,           # policy -> layers
     recorded: bool,         # passes are recorded
     compiled: bool,         # layers are compiled
     eight_bits: bool = False,   # weights are in 8 bits, whose products have kernels of their own
 ) -> int:
     "Kernels, libraries and recordings."
-    c, keep = process_constants(), levels.get('keep', 0)
+    c, keep = process_constants(), policies.get('none', 0)
     more = c['eight_bits'] * eight_bits
     if not recorded: return c['plain'] + more
     each = c['recorded_compiled'] if compiled else c['recorded_keep']
-    return more + c['recorded'] + keep * each + (sum(levels.values()) - keep) * (each if compiled else c['recorded_again'])
+    return more + c['recorded'] + keep * each + (sum(policies.values()) - keep) * (each if compiled else c['recorded_again'])
 
 def process_bytes(
     reserved: int,          # from `reserved_bytes`, and merged matrices
-    levels: dict,           # level -> layers
+    policies: dict,           # policy -> layers
     recorded: bool,         # passes are recorded
     compiled: bool,         # layers are compiled
     correction: int = 0,    # bytes, from `correction_for`
     eight_bits: bool = False,   # as for `library_bytes`
 ) -> int:
     "What the driver counts for the process."
-    return process_constants()['context'] + library_bytes(levels, recorded, compiled, eight_bits) + reserved + correction
+    return process_constants()['context'] + library_bytes(policies, recorded, compiled, eight_bits) + reserved + correction
 
 # %% ../../../nbs/plan/memory/05_overhead.ipynb #3970a70f
 def probes_file() -> Path:
@@ -170,7 +170,7 @@ def step_gaps(
     method: str,            # full, lora, int8 or qlora
     extra: dict,            # phase -> part -> bytes that a step adds
     tokens: int,            # of a pass
-    levels: dict,           # level -> layers
+    policies: dict,           # policy -> layers
     matrices: list,         # trained ones: (how many, values of each)
     targets: dict,          # adapted matrices of a layer: name -> (inputs, outputs, has bias)
     apart: int,             # from `pools_apart`
@@ -179,13 +179,13 @@ def step_gaps(
 ) -> int:
     "Bytes of gaps in a step, by the rule of its kind."
     linears, sums = (targets if kind in ('compiled', 'int8') else shape.linears).values(), {name: sum(parts.values()) for name, parts in extra.items()}
-    logits, wide, again = max(parts.get('logits_loss', 0) for parts in extra.values()), 2 * tokens * max(o for _, o, _ in linears), 'layer' in levels
-    inputs = 2 * tokens * shape.hidden_size * levels.get('keep', 0)
+    logits, wide, again = max(parts.get('logits_loss', 0) for parts in extra.values()), 2 * tokens * max(o for _, o, _ in linears), 'layer' in policies
+    inputs = 2 * tokens * shape.hidden_size * policies.get('none', 0)
     if kind in ('padded', 'tried'):
         accumulates, dense = bool(extra['loss'].get('gradients')), method == 'lora' and not again
         hole = 0 if kind == 'tried' or dense and 2 * wide >= workspaces // 2 else loss_hole(matrices, logits, states, accumulates)
         behind = max(sums.values()) - sums.get('backward: head', max(sums.values()))
         return padded_gaps(matrices, logits, wide, again, accumulates, hole, behind, dense * inputs, shape.eager)
-    if kind != 'whole': return recorded_gaps(apart, logits, wide, workspaces, kind, method == 'int8' and 'keep' in levels, inputs)
+    if kind != 'whole': return recorded_gaps(apart, logits, wide, workspaces, kind, method == 'int8' and 'none' in policies, inputs)
     largest, end = 4 * max(i * o for i, o, _ in linears), max(sums['backward: first layer'], sums['backward: embeddings'])
     return whole_gaps(again, largest, 4 * shape.num_hidden_layers * shape.linear_params, wide, max(sums.values()) - end)

@@ -45,7 +45,7 @@ def target_linears(
     target_modules='all-linear',         # `all-linear`, a name, or a list of names
 ) -> dict:                               # name -> (inputs, outputs, has bias)
     "The matrices that get an adapter; `ConfigError` for a name the model does not have, `ModelError` for a mixture of experts."
-    names = shape.need_dense().linears if target_modules == 'all-linear' else [target_modules] if isinstance(target_modules, str) else target_modules
+    names = shape.reject_moe().linears if target_modules == 'all-linear' else [target_modules] if isinstance(target_modules, str) else target_modules
     for name in names: _check_choice('layer in target_modules', name, ['all-linear', *shape.linears])
     return {n: shape.linears[n] for n in names}
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...config import RunConfig
-from .fake_model import four_bit_constants, hollow_model
+from .fake_model import four_bit_constants, meta_model
 
 # %% ../../../nbs/plan/trace/03_random_model.ipynb #4232df16
 SCALE = 0.02        # standard deviation of plain weights, and the largest packed one
@@ -85,7 +85,7 @@ def random_model(
 ):                          # what learns, in training mode
     "What `attach(load_base(...))` gives, with random weights."
     torch.manual_seed(0)
-    model = hollow_model(config, raw, layers)
+    model = meta_model(config, raw, layers)
     _make_parameters(model, config, device)
     _make_buffers(model, device)
     return model.train()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPED', 'NAME', 'row_mask', 'masked_attention', 'even_attention', 'varlen_attention', 'fastest_kernel',
-           'kernel_for', 'prefer', 'attend', 'use_rows', 'why_stock_attention']
+           'kernel_for', 'prefer', 'attend', 'use_varlen_attention', 'why_stock_attention']
 
 # %% ../../../../nbs/train/engine/ops/01_varlen_attention.ipynb #e3543714
 import inspect
@@ -142,7 +142,7 @@ def prefer(
     return sdpa_kernel([first, *others], set_priority=True)
 
 # %% ../../../../nbs/train/engine/ops/01_varlen_attention.ipynb #490d306f
-NAME = 'homelab_ft_rows'     # under which transformers knows `attend`
+NAME = 'homelab_ft_varlen'     # under which transformers knows `attend`
 
 def _refuse(
     given: dict,        # further arguments of a layer's attention
@@ -199,7 +199,7 @@ def _finished_mask(
     return args, kwargs
 
 # %% ../../../../nbs/train/engine/ops/01_varlen_attention.ipynb #20e4ef48
-def use_rows(
+def use_varlen_attention(
     model,              # transformers model
 ):
     "Let the model use `attend`: rows end to end where it is called with `cu_seqlens` and `longest`, rectangles as before."
