@@ -239,10 +239,7 @@ def status(
     if curves['eval']: result.eval_loss = curves['eval'][-1]['loss']
     if curves['train']:
         last = curves['train'][-1]
-        result.step = last['step']
-        result.loss = last['loss']
-        result.learning_rate = last['learning_rate']
-        result.seconds = last['seconds']
+        for name in ('step', 'loss', 'learning_rate', 'seconds'): setattr(result, name, last.get(name))
         steps_left = max(0, result.total_steps - result.step)
         if result.state in ('running', 'paused'): result.eta_seconds = result.seconds / result.step * steps_left
     if result.state == 'failed': result.error = happened[-1].get('error')

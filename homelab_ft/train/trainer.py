@@ -31,7 +31,7 @@ from .run_folder import (RunFolder, RunLock, RunStatus, check_start, log_event, 
 from .schedule import (count_sequences, epoch_steps, interval, learning_rate, lr_multiplier, make_optimizer, make_states,
                                        steps_per_epoch, total_steps)
 
-# %% ../../nbs/train/08_trainer.ipynb #75052f1f
+# %% ../../nbs/train/08_trainer.ipynb #8abbfdc2
 @dataclass
 class TrainState:
     "The numbers that change during a run."
@@ -52,7 +52,7 @@ class TrainState:
     control_line: int = 0                   # lines of the control file that are done
     projected: bool = False                 # whether time and cost were projected
 
-# %% ../../nbs/train/08_trainer.ipynb #a857f232
+# %% ../../nbs/train/08_trainer.ipynb #bdbb9fe2
 @dataclass
 class PendingMetrics:
     "The metrics of a step whose loss may still be on its way from the GPU."
@@ -69,7 +69,7 @@ class TrainerContext:
     model: object                  # with adapter
     step: object                   # computes gradients
     optimizer: object
-    train: object                  # `TokenCache`, or `Pairs` for DPO
+    train: object                  # `TokenCache`, or `PreferencePairs` for DPO
     validation: object             # the same, or None
     state: TrainState
     meter: EnergyMeter
@@ -306,7 +306,7 @@ def load_data(
     run: RunFolder,         # with tokenized data
     part: str,              # 'train' or 'validation'
     config: RunConfig,      # `objective`
-):                          # `TokenCache`, or `Pairs` for DPO; None where there is no validation data
+):                          # `TokenCache`, or `PreferencePairs` for DPO; None where there is no validation data
     "One part of the run's tokenized data."
     path = run.data_path / f'{part}.safetensors'
     if part != 'train' and not path.exists(): return None
