@@ -108,13 +108,13 @@ def test_parity_of_merged_matrices_that_are_held(tmp_path):
     plain = gradient(PaddedStep(model, 'plain'), cache, micro)
     step = prepare(model, StepOptions(longest=40, budget=400, grain=16))
     for room, held in ((0, 0), (2**17, 1), (2**30, 3)):         # a layer takes 36,864 values of 2 bytes
-        assert step.copies.hold(step.layers, room) == held
+        assert step.copies.cache_merged_weights(step.layers, room) == held
         assert apart(gradient(step, cache, micro), exact) <= 1.1 * apart(plain, exact)
     before = gradient(step, cache, micro)
     with torch.no_grad():
         for p in step.parameters: p.mul_(1.5)
     changed = gradient(step, cache, micro)                      # a step brings what is held up to date
-    step.copies.hold(step.layers, 0)
+    step.copies.cache_merged_weights(step.layers, 0)
     assert apart(changed, before) > 0.1 and apart(changed, gradient(step, cache, micro)) < 0.03
     step.restore()
     assert not any(hasattr(m, '_held') for m in model.modules())
@@ -217,11 +217,11 @@ def test_a_pass_that_breaks_off_leaves_no_gradient_anywhere(monkeypatch):
     step.accumulate(cache, [[0, 1]])
     assert all(p.grad is not None for p in step.parameters)
     def full():
-        assert any(t.grad is not None for t in step.copies.thin)
+        assert any(t.grad is not None for t in step.copies.casts)
         raise torch.OutOfMemoryError('a card that is full')
-    monkeypatch.setattr(step.copies, 'collect', full)
+    monkeypatch.setattr(step.copies, 'unscale_into_master_grads', full)
     with pytest.raises(torch.OutOfMemoryError): step.backward(*next(step.passes(cache, [0, 1])))
-    assert all(x.grad is None for x in step.parameters + step.copies.thin)
+    assert all(x.grad is None for x in step.parameters + step.copies.casts)
 
 
 def test_a_step_is_taken_again_when_the_error_holds_on_to_nothing(monkeypatch):

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ...core import ConfigError, HomelabError
 from ...config import RunConfig, make_config
 from ...train.engine.ops import varlen_attention as attention, checkpointing as recompute, offload as shelf
+from ...train.engine.ops.device import DevicePort
 from ...train.engine import padded as engine, packing, packed as rows
 from ...train import schedule as steps
 from ...train.engine.memory_budget import StepOptions
@@ -98,7 +99,7 @@ def gpu_patches(
              patch.object(bitsandbytes, 'matmul', _int8_matmul),
              patch.object(dora, 'dequantize_module_weight', dequantized_weight)]
     if card == 'cpu': return found
-    return found + [patch.object(attention, '_flash_takes', lambda q, v: q.dtype != torch.float32),
+    return found + [patch.object(DevicePort, 'has_flash_attention', lambda self, q, v: q.dtype != torch.float32),
                     patch.object(torch, 'is_autocast_enabled', _autocast_here(torch.is_autocast_enabled))]
 
 # %% ../../../nbs/plan/trace/06_dry_run.ipynb #ee9d3397
@@ -152,7 +153,7 @@ def why_padded(
 ) -> str:                   # empty: rows end to end
     "What keeps a run from rows end to end; `ConfigError` if it asks for them nevertheless."
     wanted = any(x is True for x in (config.packing, config.padding_free, config.cuda_graph, config.torch_compile))
-    why = 'all weights learn' if config.method == 'full' else engine.unsupported_reason(model) or attention.why_stock_attention(engine._plain_model(model))
+    why = 'all weights learn' if config.method == 'full' else engine.unsupported_reason(model) or attention.unsupported_attention(engine._plain_model(model))
     if wanted and why: raise ConfigError('rows of this model cannot be laid end to end', value=why, allowed='padded rows', next_step='set packing=false and padding_free=auto')
     if wanted: return ''
     return 'switched off' if config.padding_free is False else why or ('no card' if card == 'cpu' or config.dtype == 'float32' else '')
@@ -190,14 +191,14 @@ def _flat(model, config, scene) -> rows.PackedStep:
 # %% ../../../nbs/plan/trace/06_dry_run.ipynb #d0c3a7b8
 def _name_copies(witness, copies):
     "Name 16-bit adapters and their gradients; the gradients' way to the float32 matrices is a phase of its own."
-    witness.tag(copies.thin, 'adapter')
-    _name_gradients(witness, copies.thin)
-    collect = copies.collect
+    witness.tag(copies.casts, 'adapter')
+    _name_gradients(witness, copies.casts)
+    collect = copies.unscale_into_master_grads
     def announced():
         "The gradients set out."
         witness.mark('collect')
         collect()
-    copies.collect = announced
+    copies.unscale_into_master_grads = announced
 
 # %% ../../../nbs/plan/trace/06_dry_run.ipynb #bea94c43
 def _make_step(witness, model, config, scene):

@@ -17,7 +17,7 @@ from . import memory_budget as fit, packing
 from .padded import PaddedStep, _plain_model, accumulate, decoder_layers, unsupported_reason
 from .batching import collate
 from .memory_budget import StepOptions
-from .ops.neftune import silenced
+from .ops.neftune import neftune_off
 from .packed import PackedStep
 from .full import full_step
 from ...core import ConfigError, HardwareError
@@ -65,7 +65,7 @@ def _why_not(
     options: StepOptions,   # what the run asks for
 ) -> str:               # empty if nothing does
     "What keeps the fast step from a model."
-    why = unsupported_reason(model) or attention.why_stock_attention(_plain_model(model))
+    why = unsupported_reason(model) or attention.unsupported_attention(_plain_model(model))
     if why: return why
     model.eval()
     try: return _check_rows(PackedStep(model, replace(options, longest=33, budget=96, fixed=(), grain=32)), options)
@@ -140,7 +140,7 @@ def _compiled_fit(
 ):
     "Compile and fit; without compilation if PyTorch cannot, or if it computes something else."
     (check, plain), step.paths['compile'] = _plain(step, once), 'on'
-    step.run, step.math = recompute.compiled(step.layers), torch.compile(loss.chunk_loss)
+    step.run, step.math = recompute.compile_forward(step.layers), torch.compile(loss.chunk_loss)
     try:
         _fit(step, once)
         why = fit.differs(fit.gradient_of(step.model, check), plain, step.dtype)
@@ -158,8 +158,8 @@ def _hold(
     spare = _limit(step) - step.paths['peak_bytes'] - 2**30
     if not step.copies or set(step.paths['recompute']) != {'none'} or spare <= 0: return
     packed = fit.gradient_of(step.model, once)
-    step.paths['held'] = step.copies.hold(step.layers, spare)
-    if fit.differs(fit.gradient_of(step.model, once), packed, step.dtype): step.paths['held'] = step.copies.hold(step.layers, 0)
+    step.paths['held'] = step.copies.cache_merged_weights(step.layers, spare)
+    if fit.differs(fit.gradient_of(step.model, once), packed, step.dtype): step.paths['held'] = step.copies.cache_merged_weights(step.layers, 0)
 
 # %% ../../../nbs/train/engine/08_autotune.ipynb #54c45200
 def _crowded(
@@ -217,7 +217,7 @@ def prepare(
     if why := _why_not(model, options): return PaddedStep(model, why, options.checkpointing, options.label_smoothing)
     step = PackedStep(model, options)
     if step.device.type == 'cuda':
-        with silenced(model): _on_card(step)
+        with neftune_off(model): _on_card(step)
     elif options.checkpointing is True: step.apply_policies(['layer'] * len(step.layers))
     step.paths['seconds'] = round(time.monotonic() - began, 1)
     return step

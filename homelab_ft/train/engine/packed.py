@@ -19,7 +19,7 @@ from .padded import _plain_model, decoder_and_head, decoder_layers
 from .memory_budget import StepOptions
 from .ops.cuda_graph import CaptureStream, StepGraph
 from .ops.offload import ActivationOffloader
-from .ops.embedding_offload import OffloadedEmbedding, why_embedding_stays
+from .ops.offload import OffloadedEmbedding, unsupported_embedding
 from .ops.adapter_casts import AdapterCasts
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #435264d8
@@ -56,9 +56,9 @@ def apply_policies(self: PackedStep,
 # %% ../../../nbs/train/engine/04_packed.ipynb #ad02b0c6
 @patch
 def offload_embedding(self: PackedStep) -> bool:
-    "Send the [embedding table](ops/09_embedding_offload.ipynb) to host memory, if it is there to be sent; whether it was."
+    "Send the [embedding table](ops/08_offload.ipynb) to host memory, if it is there to be sent; whether it was."
     if self.table: return False
-    why = why_embedding_stays(_plain_model(self.model))
+    why = unsupported_embedding(_plain_model(self.model))
     self.table, self.paths['table'] = None if why else OffloadedEmbedding(_plain_model(self.model)), why or 'in host memory'
     return not why
 
@@ -82,7 +82,7 @@ def loss(self: PackedStep,
 ):                      # 0-d float32
     "Weighted loss of one pass. Adapters that are not fused need autocast, without its cache, which recording forbids."
     with torch.autocast(self.device.type, torch.bfloat16, self.paths['lora'] != 'on' and self.dtype == torch.bfloat16, cache_enabled=False):
-        hidden = self.decoder(**{k: batch[k] for k in ('input_ids', 'position_ids', 'cu_seqlens')}, use_cache=False, longest=self.options.longest, even=even)[0][0]
+        hidden = self.decoder(**{k: batch[k] for k in ('input_ids', 'position_ids', 'cu_seqlens')}, use_cache=False, max_seq_len=self.options.longest, equal_lengths=even)[0][0]
     learned = hidden.index_select(0, batch['at']), self.head.weight, batch['targets'], batch['weights']
     return loss.chunked_loss(*learned, self.chunk, self.options.label_smoothing, self.math)
 
@@ -104,14 +104,14 @@ def _sent(batch: dict, device) -> dict:
 @patch
 def on_capture_stream(self: PackedStep):
     "A context: on the lane of recorded passes, if there are any, and if every gradient is there already."
-    return self.lane.taken() if self.lane and all(p.grad is not None for p in self.parameters) else nullcontext()
+    return self.lane.active() if self.lane and all(p.grad is not None for p in self.parameters) else nullcontext()
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #9fa7efee
 @patch
 def forget(self: PackedStep):
     "Drop what a pass that broke off has left, gradients and their memory."
     self.model.zero_grad()
-    if self.copies: self.copies.forget()
+    if self.copies: self.copies.drop_grads()
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #8fcb5a2a
 @patch
@@ -124,7 +124,7 @@ def backward(self: PackedStep,
         with attention.prefer(self.paths['attention']), self.on_capture_stream():
             total = self.loss(_sent(batch, self.device), even)
             total.backward()
-            if self.copies: self.copies.collect()
+            if self.copies: self.copies.unscale_into_master_grads()
         return total.detach()
     except torch.OutOfMemoryError:
         self.forget()
@@ -141,7 +141,7 @@ def record(self: PackedStep,
     kept, self.lane, batch = [p.grad.cpu() for p in self.parameters], self.lane or CaptureStream(), _sent(batch, self.device)
     try:
         with attention.prefer(self.paths['attention']):
-            return StepGraph(lambda b: self.loss(b, even), batch, self.lane, self.copies and self.copies.collect, warm_ups)
+            return StepGraph(lambda b: self.loss(b, even), batch, self.lane, self.copies and self.copies.unscale_into_master_grads, warm_ups)
     finally: torch._foreach_copy_([p.grad for p in self.parameters], kept)
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #2be78cba
@@ -191,11 +191,11 @@ def passes(self: PackedStep,
 @patch
 def downgrade_after_oom(self: PackedStep) -> bool:
     "Give up recordings and merged matrices, the next time whatever layers keep; whether there was anything to give up."
-    merged = [m for m in self.copies.layers if m._held is not None] if self.copies else []
+    merged = [m for m in self.copies.layers if m._merged is not None] if self.copies else []
     if not merged and not self.lane:
         if set(self.paths['recompute']) <= {'layer', 'offload'}: return False
         self.apply_policies(['layer'] * len(self.layers))
-    for m in merged: m._held = None
+    for m in merged: m._merged = None
     self.graphs, self.lane, self.paths['graph'] = {}, None, 'off since the card was full'
     self.forget()
     if self.device.type == 'cuda': torch.cuda.empty_cache()
@@ -210,7 +210,7 @@ def accumulate(self: PackedStep,
     "Add the gradient of the mean loss over all learned tokens to `.grad`; a card that is full against the plan costs speed, not the run."
     rows, total = [r for batch in micro_batches for r in batch], torch.zeros((), device=self.device)
     try:
-        if self.copies: self.copies.refresh()
+        if self.copies: self.copies.update()
         for batch, even in self.passes(cache, rows): total += self.one_pass(batch, even)
         return total, sum(self.learned[r] for r in rows)
     except torch.OutOfMemoryError as e: full = str(e)
@@ -236,5 +236,5 @@ def zero_grad(self: PackedStep):
 @contextmanager
 def evaluating(self: PackedStep):
     "A context for passes of any shape: layers uncompiled, the adapter as it is now."
-    if self.copies: self.copies.refresh()
+    if self.copies: self.copies.update()
     with self.on_capture_stream(), torch.compiler.set_stance('force_eager') if self.run else nullcontext(): yield
