@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..core import ConfigError, MiB, fmt_gib, near_matches
-from ..config import Settings, _read_yaml
+from ..config import Settings, read_yaml
 from ..table import Table
 
 # %% ../../nbs/hardware/03_gpu_catalog.ipynb #630e650e
@@ -139,7 +139,7 @@ def read_entries(
     path: Path,      # a file of GPUs
 ) -> tuple:          # (id -> entry, key -> source), not checked further
     "The content of a file; `ConfigError` if it is no list of GPUs."
-    content = _read_yaml(path)
+    content = read_yaml(path)
     gpus = content.get('gpus') or content.get('cards') or []
     sources = content.get('sources') or {}
     valid = set(content) <= {'gpus', 'cards', 'sources'} and isinstance(gpus, list) and isinstance(sources, dict)
