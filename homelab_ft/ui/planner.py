@@ -49,7 +49,7 @@ def card_bytes(
     "Memory that a plan may count on; `ConfigError` for a card that is not known."
     number, _, unit = card.partition(' ')
     if unit == 'GiB' and number.replace('.', '', 1).isdigit(): return round(float(number) * GiB)
-    return limit_bytes(find_gpu(card, cards=_cards()))
+    return find_gpu(card, gpus=_cards()).limit_bytes
 
 def _asked(
     state: PlannerState,     # what the controls say
