@@ -287,7 +287,7 @@ def test_a_pass_too_long_for_the_plain_way_is_replaced_by_a_short_one(monkeypatc
 
 
 def test_room_in_host_memory_is_what_the_inputs_leave(monkeypatch):
-    monkeypatch.setattr(fast, 'host_memory', lambda: (64 * 2**30, 40 * 2**30))
+    monkeypatch.setattr(fast, 'cpu_ram', lambda: (64 * 2**30, 40 * 2**30))
     cache, config = rows(), make_config(per_device_train_batch_size=2)
     budget = 2 * int(cache.lengths.max())
     assert fast.run_options(config, cache, 0).host_bytes == 20 * 2**30
