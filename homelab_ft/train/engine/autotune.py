@@ -23,7 +23,7 @@ from .packed import PackedStep
 from .full import full_step
 from ...core import ConfigError, HardwareError
 from ...config import RunConfig
-from ...hardware.machine import host_memory
+from ...hardware.machine import cpu_ram
 
 # %% ../../../nbs/train/engine/08_autotune.ipynb #9b4e35cf
 def run_options(
@@ -38,7 +38,7 @@ def run_options(
     return StepOptions(longest, budget, packing.fixed_bucket(cache, whole, config.seed, n) if config.packing else (),
                    compile=config.torch_compile is not False, graph=config.cuda_graph is not False, checkpointing=config.gradient_checkpointing,
                    label_smoothing=config.label_smoothing_factor, reserve=(2 if '8bit' in config.optim else 8) * trained,
-                   host_bytes=max(0, host_memory()[1] - budget * inputs) // 2)
+                   host_bytes=max(0, cpu_ram()[1] - budget * inputs) // 2)
 
 # %% ../../../nbs/train/engine/08_autotune.ipynb #caa4afa1
 def _input_bytes(
