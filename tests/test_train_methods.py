@@ -217,7 +217,7 @@ def test_parity_of_the_fast_step_is_found_while_noise_is_silenced():
     torch.manual_seed(0)
     model = attach_lora(MODELS['llama'](), make_config(lora_r=4, neftune_noise_alpha=15.))
     with neftune_off(model): step = prepare(model, StepOptions(longest=40, budget=90, grain=16))
-    assert isinstance(step, PackedStep), step.paths
+    assert isinstance(step, PackedStep), step.features
     once = lambda: float(step.accumulate(rows(), [[0, 1, 2]])[0])
     assert once() != once()
 
