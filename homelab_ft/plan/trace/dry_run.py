@@ -25,6 +25,7 @@ from ...train.engine.ops import varlen_attention as attention, checkpointing as 
 from ...train.engine.ops.device import DevicePort
 from ...train.engine import padded as engine, packing, packed as rows
 from ...train import schedule as steps
+from ...train.engine.features import Feature, features_json
 from ...train.engine.memory_budget import StepOptions
 from .fake_model import fill, meta_model, dequantized_weight
 from .inductor_memory import compile_for_memory, outlined_loss
@@ -156,7 +157,7 @@ def why_padded(
     why = 'all weights learn' if config.method == 'full' else engine.unsupported_reason(model) or attention.unsupported_attention(engine._plain_model(model))
     if wanted and why: raise ConfigError('rows of this model cannot be laid end to end', value=why, allowed='padded rows', next_step='set packing=false and padding_free=auto')
     if wanted: return ''
-    return 'switched off' if config.padding_free is False else why or ('no card' if card == 'cpu' or config.dtype == 'float32' else '')
+    return 'switched off' if config.padding_free is False else why or ('no GPU' if card == 'cpu' or config.dtype == 'float32' else '')
 
 # %% ../../../nbs/plan/trace/06_dry_run.ipynb #7283281a
 def _pass_size(config: RunConfig, scene: DryRunSpec) -> int:
@@ -183,7 +184,9 @@ def _flat(model, config, scene) -> rows.PackedStep:
     "Rows end to end, with their policies set."
     options = StepOptions(config.max_length, _pass_size(config, scene), tuple(scene.shape), label_smoothing=config.label_smoothing_factor, host_bytes=scene.host_bytes)
     step = rows.PackedStep(model, options)
-    if _compiles(config, scene): step.run, step.math, step.paths['compile'] = compile_for_memory(step.layers), outlined_loss, 'on'
+    if _compiles(config, scene):
+        step.run, step.math = compile_for_memory(step.layers), outlined_loss
+        step.features.compile = Feature(True)
     step.apply_policies(scene.policies, scene.tile)
     step.chunk = scene.chunk
     return step
@@ -264,7 +267,7 @@ def told(
 ) -> dict:                  # for JSON
     "What a rehearsal has to say."
     host = max(accumulate(n for n, _ in witness.host.events), default=0)
-    return dict(book=asdict(witness.book), host=host, paths=job.engine.paths)
+    return dict(book=asdict(witness.book), host=host, features=features_json(job.engine.features))
 
 # %% ../../../nbs/plan/trace/06_dry_run.ipynb #3fc1ad80
 def _one(
