@@ -321,7 +321,7 @@ def test_a_run_of_an_earlier_version_can_be_read_and_continued(tmp_path, model, 
     for path in checkpoint.checkpoints(run.checkpoints_path):
         state = json.loads((path / 'state.json').read_text())
         (path / 'state.json').write_text(json.dumps({OLD_NAMES.get(k, k): v for k, v in state.items()}))
-    assert run.manifest()['manifest_version'] == run_folder.MANIFEST_VERSION and 'packed' in run.manifest()['engine']
+    assert run.manifest()['manifest_version'] == run_folder.MANIFEST_VERSION and run.manifest()['engine']['packed'] == dict(on=False, reason='a processor')
     finish(run)
     assert_same(run, whole)
     assert json.loads(run.manifest_path.read_text())['manifest_version'] == run_folder.MANIFEST_VERSION

@@ -19,9 +19,10 @@ from ..config import RunConfig, dump_config, load_config
 from ..core import RunError, fmt_duration, near_matches
 from ..io import append_jsonl, now, read_jsonl, write_atomic, write_json
 
-# %% ../../nbs/train/06_run_folder.ipynb #2e6fd459
+# %% ../../nbs/train/06_run_folder.ipynb #4a260cf6
 MANIFEST_VERSION = 2
-RENAMED_ENGINE = dict(rows='packed')      # version 1 -> 2
+RENAMED_ENGINE = dict(rows='packed', lora='fused_lora', loss='chunked_loss', graph='cuda_graph', table='embedding_offload',
+                      recompute='policies', tile='mlp_chunk', held='merged_layers')      # version 1 -> 2
 
 def upgrade_manifest(
     manifest: dict,          # as written by any version
@@ -29,7 +30,12 @@ def upgrade_manifest(
     "The manifest in today's format."
     if manifest.get('manifest_version', 1) >= MANIFEST_VERSION: return manifest
     engine = {RENAMED_ENGINE.get(name, name): value for name, value in manifest.get('engine', {}).items()}
-    return manifest | dict(manifest_version=MANIFEST_VERSION) | (dict(engine=engine) if engine else {})
+    for name, value in engine.items():
+        if name == 'policies': engine[name] = {policy.replace('keep', 'none'): n for policy, n in value.items()}
+        elif name != 'attention' and isinstance(value, str):
+            on = value in ('on', 'in host memory')
+            engine[name] = dict(on=on, reason='' if on else value)
+    return manifest | dict(manifest_version=MANIFEST_VERSION, engine=engine)
 
 # %% ../../nbs/train/06_run_folder.ipynb #b7a64218
 class RunFolder:

@@ -22,8 +22,9 @@ from .base_model import (explain_oom, load_base, model_fingerprint, peak_memory,
                                          validate_method, weight_bytes)
 from .checkpoint import checkpoints, prune, read_checkpoint, save_checkpoint, sweep
 from .dpo import check_preference, load_pairs, preference_engine
+from .engine.features import describe_step, features_json
 from .engine.ops.device import current_port
-from .engine.padded import describe_step, mean_nll
+from .engine.padded import mean_nll
 from .lora import adapter_tensors, attach, check_targets, save_adapter, set_adapter, trainable_parameters
 from .projection import project
 from .run_folder import (RunFolder, RunLock, RunStatus, check_start, log_event, log_metrics, open_run, pending_commands,
@@ -31,7 +32,7 @@ from .run_folder import (RunFolder, RunLock, RunStatus, check_start, log_event, 
 from .schedule import (count_sequences, epoch_steps, interval, learning_rate, lr_multiplier, make_optimizer, make_states,
                                        steps_per_epoch, total_steps)
 
-# %% ../../nbs/train/08_trainer.ipynb #8abbfdc2
+# %% ../../nbs/train/08_trainer.ipynb #75052f1f
 @dataclass
 class TrainState:
     "The numbers that change during a run."
@@ -52,7 +53,7 @@ class TrainState:
     control_line: int = 0                   # lines of the control file that are done
     projected: bool = False                 # whether time and cost were projected
 
-# %% ../../nbs/train/08_trainer.ipynb #bdbb9fe2
+# %% ../../nbs/train/08_trainer.ipynb #292f9935
 @dataclass
 class PendingMetrics:
     "The metrics of a step whose loss may still be on its way from the GPU."
@@ -336,7 +337,7 @@ def load_run(
     optimizer = make_optimizer(model, config)
     if config.objective == 'dpo': step = preference_engine(model, config, train, device)
     else: step = build_step(model, config, train, device, dtype)
-    update_manifest(run, machine=asdict(detect_machine()), device=device, dtype=dtype, engine=step.paths,
+    update_manifest(run, machine=asdict(detect_machine()), device=device, dtype=dtype, engine=features_json(step.features),
                     base_model=model_fingerprint(config.model), training_rows=train.fingerprint, trainable_parameters=trainable,
                     parameters=total, weight_bytes=n_bytes, loading_seconds=round(time.monotonic() - started, 2))
     n_steps = total_steps(count_sequences(train.lengths, config), config)
@@ -391,7 +392,7 @@ def train(
             ctx = load_run(run)
             restore(ctx)
             ctx.state.control_line = control_line
-            log_event(run, 'training', step=ctx.state.step, total_steps=ctx.state.total_steps, engine=describe_step(ctx.step.paths))
+            log_event(run, 'training', step=ctx.state.step, total_steps=ctx.state.total_steps, engine=describe_step(ctx.step.features))
             finish(ctx, training_loop(ctx))
         except Exception as e:
             error = explain_oom(e)
