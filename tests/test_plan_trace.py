@@ -192,7 +192,7 @@ def test_inputs_and_the_table_can_wait_in_host_memory():
     kept, _ = rehearse(config, DryRunSpec(untied, ['layer'] * 5))
     assert most(n for n, _ in witness.host.events) == 2 * 700 * 64 + 5 * 2 * 512 * 64
     assert peaks(kept.book)[1, 'forward']['weights'] - peaks(witness.book)[1, 'forward']['weights'] == 2 * 700 * 64 - 512      # a zero stays
-    assert job.engine.paths['table'] == 'in host memory'
+    assert job.engine.features.embedding_offload.on
 
 
 def test_replacements_are_undone():
@@ -265,6 +265,6 @@ def test_rehearsals_side_by_side_say_what_they_say_one_by_one():
     apart, together = json.loads(done.stdout.splitlines()[-1])['found'], json.loads(json.dumps(answer(request)))['found']
     for a, b in zip(apart, together, strict=True):
         born = lambda said: [n for n, _ in said['book']['events'] if n > 0]
-        assert a['paths'] == b['paths'] and (len(a['book']['events']), sum(born(a))) == pytest.approx((len(b["book"]["events"]), sum(born(b))), rel=5e-3)
+        assert a['features'] == b['features'] and (len(a['book']['events']), sum(born(a))) == pytest.approx((len(b["book"]["events"]), sum(born(b))), rel=5e-3)
         at, there = (traces.all_peaks([Ledger(s['book']['events'], s['book']['marks'], {int(k): v for k, v in s['book']['kinds'].items()})], dict(none=1)) for s in (a, b))
         assert at.keys() == there.keys() and all(abs(sum(at[k].values()) - sum(there[k].values())) <= 1024 for k in at)     # a number may live a little longer

@@ -12,6 +12,7 @@ import torch
 from homelab_ft.config import make_config
 from homelab_ft.plan.model_catalog import known_config
 from homelab_ft.train import schedule as steps
+from homelab_ft.train.engine.features import features_json
 from homelab_ft.plan.probe import STEPS, probe_job
 from homelab_ft.train.run_folder import versions
 
@@ -59,7 +60,7 @@ def measure(settings, limit_gib, fixed=False):
         total, each = on_card()
         highest = max(highest, (each.get(mine) or 0) if mine else total - used)
     return dict(allocated=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved(), process=highest, alone=mine is not None, context=context,
-                at_rest=at_rest, prepare_seconds=round(prepared, 1), paths=dict(job.engine.paths), chunk=getattr(job.engine, 'chunk', 0),
+                at_rest=at_rest, prepare_seconds=round(prepared, 1), features=features_json(job.engine.features), chunk=getattr(job.engine, 'chunk', 0),
                 retries=torch.cuda.memory_stats()['num_alloc_retries'], allocator=os.environ.get('PYTORCH_ALLOC_CONF', ''),
                 card=torch.cuda.get_device_name(), versions=versions())
 

@@ -17,7 +17,8 @@ from ..plan.cost import project
 from ..hardware.energy import EnergyMeter
 from ..hardware.machine import check_disk, detect_machine
 from .checkpoint import checkpoints, prune, read_checkpoint, save_checkpoint, sweep
-from .engine.padded import mean_nll, describe_step
+from .engine.features import describe_step, features_json
+from .engine.padded import mean_nll
 from .lora import adapter_tensors, attach, check_targets, save_adapter, set_adapter, trainable_parameters
 from .dpo import check_preference, load_pairs, preference_engine
 from .base_model import validate_method, load_base, explain_oom, model_fingerprint, peak_memory, resolve_device, resolve_dtype, weight_bytes
@@ -170,7 +171,7 @@ def _load(run: RunFolder) -> TrainerContext:
     check_disk(run.path, 16 * trained * (c.save_total_limit + 2))
     optimizer = make_optimizer(model, c)
     engine = _engine(model, c, train, device, dtype)
-    update_manifest(run, machine=asdict(detect_machine()), device=device, dtype=dtype, engine=engine.paths, base_model=model_fingerprint(c.model),
+    update_manifest(run, machine=asdict(detect_machine()), device=device, dtype=dtype, engine=features_json(engine.features), base_model=model_fingerprint(c.model),
                     training_rows=train.fingerprint, trainable_parameters=trained, parameters=total, weight_bytes=size,
                     loading_seconds=round(time.monotonic() - began, 2))
     state = State(total_steps=total_steps(count_sequences(train.lengths, c), c), peak=c.learning_rate)
@@ -214,7 +215,7 @@ def _work(run: RunFolder, done: int):
     job = _load(run)
     _restore(job)
     job.state.control_line = done
-    log_event(run, 'training', step=job.state.step, total_steps=job.state.total_steps, engine=describe_step(job.engine.paths))
+    log_event(run, 'training', step=job.state.step, total_steps=job.state.total_steps, engine=describe_step(job.engine.features))
     _report_end(job, _loop(job))
 
 # %% ../../nbs/train/08_trainer.ipynb #c0ce1d74
