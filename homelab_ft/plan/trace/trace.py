@@ -15,11 +15,10 @@ from ...config import RunConfig
 from ...table import Table
 from .layer_extrapolation import phase_peak, extrapolate, segments, probe_configs
 from .ledger import PARTS, Ledger, lives
-from ..model_catalog import KNOWN, MIXTURES, known_config
 from ...train.engine.ops.checkpoint_policy import POLICIES
 from ..memory.overhead import process_bytes, process_constants
 from .memory_pools import capture_workspaces, merged_bytes, pool_bytes, pools_of
-from ..model_shape import _config_path, _find_config, model_shape
+from ..model_shape import model_shape, read_model_config
 from ..memory.estimate import ASSUMED_OVERHEAD, _check_sizes
 
 # %% ../../../nbs/plan/trace/09_trace.ipynb #0df8972b
@@ -82,9 +81,7 @@ def all_peaks(
 # %% ../../../nbs/plan/trace/09_trace.ipynb #76e94ef9
 def _raw(model) -> dict:
     "Content of a model's `config.json`, wherever it is."
-    if str(model) in KNOWN or str(model) in MIXTURES: return known_config(str(model))
-    path = _config_path(core.embedded_model() if str(model) == 'embedded' else model) or _find_config(str(model))
-    return json.loads(path.read_text(encoding='utf-8'))
+    return read_model_config(model)
 
 # %% ../../../nbs/plan/trace/09_trace.ipynb #11368d10
 def policy_counts(
