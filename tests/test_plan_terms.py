@@ -22,7 +22,7 @@ def rehearsed(policy, layers, n, r, i):
     gc.disable()        # deaths come in order
     try:
         witness, _ = rehearse.rehearse(config, rehearse.DryRunSpec(raw=raw, policies=[policy] * layers, shape=(2 * n, 512, 8), gradients=False))
-        return Ledger(list(witness.book.events), list(witness.book.marks), dict(witness.book.kinds))
+        return Ledger(list(witness.ledger.events), list(witness.ledger.phases), dict(witness.ledger.categories))
     finally: gc.enable()
 
 
@@ -36,7 +36,7 @@ def told(policy, layers):
 def most(book):
     "Bytes at the peak of every phase, from its beginning on, added up event by event."
     now, found, key, marks = 0, {}, (0, 'load'), {}
-    for i, *where in book.marks: marks.setdefault(i, []).append(tuple(where))
+    for i, *where in book.phases: marks.setdefault(i, []).append(tuple(where))
     for i, (n, _) in enumerate(book.events):
         for key in marks.get(i, ()): found[key] = max(found.get(key, 0), now)
         now += n

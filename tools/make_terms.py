@@ -49,7 +49,7 @@ def ledger(mode, layers, sizes):
     gc.disable()
     try:
         with patch.object(witness, 'sum_bytes', lambda *_: 0): seen, _ = rehearse.rehearse(config, scene)      # no products of sizes; `estimate` adds them
-        return Ledger(list(seen.book.events), list(seen.book.marks), dict(seen.book.kinds))
+        return Ledger(list(seen.ledger.events), list(seen.ledger.phases), dict(seen.ledger.categories))
     finally: gc.enable()
 
 

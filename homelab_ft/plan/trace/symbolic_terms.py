@@ -10,7 +10,7 @@ from collections import Counter
 from difflib import SequenceMatcher
 from math import log2, prod
 
-from .layer_extrapolation import _alike
+from .layer_extrapolation import common_prefix
 from .ledger import Ledger
 
 # %% ../../../nbs/plan/trace/10_symbolic_terms.ipynb #d75c9bb6
@@ -59,7 +59,7 @@ def moments(
 ) -> dict:              # (step, phase) -> list of sums, one after every event and one before the first
     "What exists, moment by moment."
     now, found, key, marks = Counter(), {}, (0, 'load'), {}
-    for i, *where in book.marks: marks.setdefault(i, []).append(tuple(where))
+    for i, *where in book.phases: marks.setdefault(i, []).append(tuple(where))
     for i, (n, number) in enumerate(book.events):
         for key in marks.get(i, ()): found.setdefault(key, [{k: c for k, c in now.items() if c}])
         for product, per_unit in parts[number].items(): now[product] += per_unit if n > 0 else -per_unit
@@ -79,7 +79,7 @@ def _grown(two: dict, three: dict) -> dict:
 # %% ../../../nbs/plan/trace/10_symbolic_terms.ipynb #10b2ad19
 def _partners(a: list, b: list) -> dict:
     "Line of the shorter story -> the same line of the longer one."
-    first, last = _alike(a, b), _alike(a[::-1], b[::-1])
+    first, last = common_prefix(a, b), common_prefix(a[::-1], b[::-1])
     if first + last > len(a): first, last = (first + len(a) - last) // 2, len(a) - (first + len(a) - last) // 2
     middle = SequenceMatcher(None, a[first:len(a) - last], b[first:len(b) - last], autojunk=False).get_matching_blocks()
     inside = {first + i + k: first + j + k for i, j, n in middle for k in range(n)}
