@@ -42,7 +42,7 @@ def _print_end(
     "The last table, the verdict and where everything is."
     from homelab_ft.evaluate.compare import load_evaluation
     from homelab_ft.pipeline import summary_table
-    print(f'\n{summary_table(run)}\n\n{load_evaluation(run).verdict}\n')
+    print(f'\n{summary_table(run)}\n\n{load_evaluation(run).conclusion}\n')
     print(f'report  {run.report_path}\nmodel   {run.merged_path}\nask it  homelab-ft chat {run.path}')
 
 # %% ../nbs/06_cli.ipynb #ec1ebf78

@@ -247,8 +247,8 @@ def pilot(
 def summary_table(
     run: RunFolder,      # a finished journey
 ) -> Table:
-    "Before and after with intervals, then time, energy and cost of the training."
+    "Base and fine-tuned model with intervals, then time, energy and cost of the training."
     table = load_evaluation(run).table()
     lines = [line[:-1] for line in table.rows]
     took = cost_table(json.loads(run.entry_path.read_text(encoding='utf-8'))).rows
-    return Table(['measure', 'before', 'after', table.headers[3]], lines + [[name, '', value, ''] for name, value in took])
+    return Table(['metric', 'base', 'fine-tuned', table.headers[3]], lines + [[name, '', value, ''] for name, value in took])

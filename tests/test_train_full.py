@@ -9,7 +9,7 @@ from homelab_ft.config import make_config
 from homelab_ft.data.chat_template import load_tokenizer
 from homelab_ft.data.tokenize import load_cache
 from homelab_ft.deploy.chat import load_chat
-from homelab_ft.evaluate.compare import held_out_rows, load_evaluation
+from homelab_ft.evaluate.compare import load_evaluation, load_evaluation_data
 from homelab_ft.evaluate.likelihood import sequence_nll
 from homelab_ft.pipeline import check_inputs, new_run, plan_run, quickstart_config, resume_journey, run_journey
 from homelab_ft.train.checkpoint import checkpoints
@@ -54,11 +54,11 @@ def test_the_loss_falls(whole):
 
 def test_base_and_tuned_are_what_the_evaluation_says(whole):
     result, config = load_evaluation(whole), whole.config()
-    cache = held_out_rows(whole, config)[0]
-    for model, said in ((load_base('embedded', 'full'), result['NLL per token'].base), (load_base(str(whole.adapter_path), 'full'), result['NLL per token'].tuned)):
+    cache = load_evaluation_data(whole, config).cache
+    for model, said in ((load_base('embedded', 'full'), result['NLL per token'].base), (load_base(str(whole.adapter_path), 'full'), result['NLL per token'].fine_tuned)):
         nll, tokens = sequence_nll(model, cache, progress=False)
         assert abs(nll.sum() / tokens.sum() - said) < 1e-6
-    assert result['NLL per token'].gain > 0.1 and result['accuracy'].rows == 16
+    assert result['NLL per token'].gain > 0.1 and result['accuracy'].n_examples == 16
 
 def test_tied_weights_stay_tied(whole):
     tuned = load_adapter(load_base('embedded', 'full'), whole.adapter_path)
