@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 parser = ConfigParser(delimiters=['='])
 parser.read(Path(__file__).with_name('settings.ini'), encoding='utf-8')
 cfg = parser['DEFAULT']
-EXTRAS = ('dpo', 'export', 'eval', 'dev')
+EXTRAS = ('dpo', 'dev')
 
 
 def words(key): return cfg[key].split()

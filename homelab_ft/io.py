@@ -24,7 +24,8 @@ def write_atomic(
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/02_io.ipynb #5cea3792
@@ -67,8 +68,9 @@ def fingerprint(
     obj,             # anything JSON can say; `bytes` as they are
 ) -> str:            # 64 hexadecimal digits
     "SHA-256 of `obj` in canonical JSON (sorted keys, no spaces)."
-    data = obj if isinstance(obj, bytes) else json.dumps(obj, sort_keys=True, separators=(',', ':'), ensure_ascii=False).encode('utf-8')
-    return hashlib.sha256(data).hexdigest()
+    if not isinstance(obj, bytes):
+        obj = json.dumps(obj, sort_keys=True, separators=(',', ':'), ensure_ascii=False).encode('utf-8')
+    return hashlib.sha256(obj).hexdigest()
 
 # %% ../nbs/02_io.ipynb #cb1ddb40
 def file_fingerprint(

@@ -19,3 +19,10 @@ def one_thread():
         patch.setenv('OMP_NUM_THREADS', '1')
         yield
     torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(items):
+    "With xdist, a file's tests stay together, so that what a file prepares is prepared once; each notebook is a group of its own."
+    for item in items:
+        group = item.name if item.path.name == 'test_notebooks.py' else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))

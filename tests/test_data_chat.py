@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
 from homelab_ft.core import ConfigError, DataError, ModelError
-from homelab_ft.data.chat_template import Encoded, check_template, encode, end_of_turn, end_of_turn_ids, load_tokenizer, marked, prompt_ids, render
+from homelab_ft.data.chat_template import Encoded, check_template, encode, end_of_turn, end_of_turn_ids, load_tokenizer, show_loss_mask, prompt_ids, render
 
 SHARED = Path(__file__).resolve().parents[2] / 'shared' / 'data'
 needs_shared = pytest.mark.skipif(not (SHARED / 'chat_templates').is_dir(), reason='needs the real templates and tokenizers in ../shared/data')
@@ -301,5 +301,5 @@ def test_conversations_without_an_answer(roles):
 def test_marked_shows_what_carries_loss():
     tok = load_tokenizer('embedded')
     ids = tok('ab cd', add_special_tokens=False).input_ids
-    assert marked(Encoded(ids, [0] * len(ids)), tok) == 'ab cd'
-    assert marked(Encoded(ids, [1] * len(ids)), tok) == '⟦ab cd⟧'
+    assert show_loss_mask(Encoded(ids, [0] * len(ids)), tok) == 'ab cd'
+    assert show_loss_mask(Encoded(ids, [1] * len(ids)), tok) == '⟦ab cd⟧'

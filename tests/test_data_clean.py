@@ -13,7 +13,7 @@ from homelab_ft.data.clean import CleaningReport, clean, fix_mojibake, strip_htm
 from homelab_ft.data.formats import detect_format, to_examples
 from homelab_ft.data.load import load_rows
 from homelab_ft.data.dedup import jaccard, near_duplicate_groups, normalise
-from homelab_ft.data.sample.tickets import make_tickets, planted_dirt
+from homelab_ft.data.sample.tickets import make_tickets, injected_noise
 
 SHARED = Path(__file__).resolve().parent.parent.parent / 'shared' / 'data'
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason='the shared data are not here')
@@ -75,7 +75,7 @@ def test_rows_about_code_keep_their_tags(messages):
 
 @pytest.mark.parametrize('seed', range(3))
 def test_planted_dirt_is_found_row_by_row(seed):
-    truth = planted_dirt(1200, seed)
+    truth = injected_noise(1200, seed)
     kept, report = clean(tickets(seed=seed))
     for kind in ('mojibake', 'html', 'blank', 'conflict', 'duplicate'): assert report.rows(kind) == truth[kind], kind
     found = report.rows('near_duplicate')

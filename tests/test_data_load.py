@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from homelab_ft.core import DataError
 from homelab_ft.config import make_config
-from homelab_ft.data.formats import Layout, detect_format, to_examples
+from homelab_ft.data.formats import DatasetFormat, detect_format, to_examples
 from homelab_ft.data.load import load_rows
 
 SHARED = Path(__file__).resolve().parent.parent.parent / 'shared' / 'data'
@@ -190,9 +190,9 @@ def test_draw(tmp_path_factory, n, k, seed):
     ({'text': 'a', 'category': 'b'}, 'classification', {'text_columns': ['text'], 'label_column': 'category'}),
     ({'': '', 'review': 'a', 'label': 1}, 'classification', {'text_columns': ['review'], 'label_column': 'label'})])
 def test_detection(row, kind, columns):
-    layout = detect_format([row])
-    assert layout.kind == kind
-    for name, value in columns.items(): assert getattr(layout, name) == value
+    dataset_format = detect_format([row])
+    assert dataset_format.kind == kind
+    for name, value in columns.items(): assert getattr(dataset_format, name) == value
 
 
 def test_class_by_repetition_only_if_there_is_one():
@@ -206,7 +206,7 @@ def test_class_by_repetition_only_if_there_is_one():
     (dict(label_column='teem'), ['label_column', 'teem', 'did you mean team?']),
     (dict(text_columns=['body', 'subjekt']), ['text_columns', 'subjekt', 'did you mean subject?']),
     (dict(prompt_column='zzz'), ['prompt_column', 'zzz', 'subject, body, team']),
-    (dict(layout='conversational'), ['(conversational)', 'subject, body, team', 'messages_column']),
+    (dict(dataset_format='conversational'), ['(conversational)', 'subject, body, team', 'messages_column']),
     (dict(prompt_column='body'), ['(prompt_completion)', 'completion_column'])])
 def test_settings_that_do_not_fit(settings_, words):
     with pytest.raises(DataError) as e: detect_format([{'subject': 'a', 'body': 'b', 'team': 'c'}], make_config(**settings_))
@@ -216,7 +216,7 @@ def test_settings_that_do_not_fit(settings_, words):
 def test_detected_columns_fit_back_into_the_settings():
     rows = [{'subject': 'a', 'body': 'b', 'team': 'c', 'id': 5}]
     first = detect_format(rows)
-    config = make_config(layout=first.kind, text_columns=first.text_columns, label_column=first.label_column)
+    config = make_config(dataset_format=first.kind, text_columns=first.text_columns, label_column=first.label_column)
     assert detect_format(rows, config) == first
 
 
@@ -226,11 +226,11 @@ TURNS = {'conversations': [{'from': 'system', 'value': 's'}, {'from': 'human', '
 
 
 def test_conversations():
-    layout = Layout('conversational', messages_column='conversations')
-    [e] = to_examples([TURNS], layout, system_prompt='other')
+    dataset_format = DatasetFormat('conversational', messages_column='conversations')
+    [e] = to_examples([TURNS], dataset_format, system_prompt='other')
     assert [m['role'] for m in e.messages] == ['system', 'user', 'assistant'] and e.messages[0]['content'] == 's'
-    assert to_examples([{'conversations': json.dumps(TURNS['conversations'])}], layout)[0].messages == e.messages
-    for empty in ([], None, '', [{'from': 'human', 'value': 'q'}]): assert to_examples([{'conversations': empty}], layout)[0].answer == ''
+    assert to_examples([{'conversations': json.dumps(TURNS['conversations'])}], dataset_format)[0].messages == e.messages
+    for empty in ([], None, '', [{'from': 'human', 'value': 'q'}]): assert to_examples([{'conversations': empty}], dataset_format)[0].answer == ''
 
 
 @pytest.mark.parametrize('cell, words', [
@@ -249,8 +249,8 @@ def test_bad_conversations(cell, words):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.fixed_dictionaries({'a': st.one_of(st.none(), texts, st.integers()), 'b': texts, 'y': texts}), min_size=1, max_size=5))
 def test_classification_examples(rows):
-    layout = Layout('classification', text_columns=['a', 'b'], label_column='y')
-    examples = to_examples(rows, layout)
+    dataset_format = DatasetFormat('classification', text_columns=['a', 'b'], label_column='y')
+    examples = to_examples(rows, dataset_format)
     assert [e.row for e in examples] == list(range(1, len(rows) + 1))
     for row, e in zip(rows, examples):
         assert [m['role'] for m in e.messages] == ['user', 'assistant']
@@ -269,8 +269,8 @@ def test_rows_keep_their_number_when_drawn(tmp_path):
 @needs_shared
 def test_real_files():
     rows = load_rows(SHARED / 'classify' / 'banking77' / 'train.csv')
-    layout = detect_format(rows)
-    assert (len(rows), layout.kind, layout.text_columns, layout.label_column) == (10003, 'classification', ['text'], 'category')
-    assert len({e.label for e in to_examples(rows, layout)}) == 77
+    dataset_format = detect_format(rows)
+    assert (len(rows), dataset_format.kind, dataset_format.text_columns, dataset_format.label_column) == (10003, 'classification', ['text'], 'category')
+    assert len({e.label for e in to_examples(rows, dataset_format)}) == 77
     rows = load_rows(SHARED / 'instruct' / 'gsm8k' / 'train.jsonl')
     assert (len(rows), detect_format(rows).kind) == (7473, 'prompt_completion')

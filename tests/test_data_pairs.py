@@ -11,7 +11,7 @@ from homelab_ft.core import DataError
 from homelab_ft.config import make_config
 from homelab_ft.data.chat_template import load_tokenizer
 from homelab_ft.data.formats import detect_format
-from homelab_ft.data.preference import Pairs, answer_span
+from homelab_ft.data.preference import PreferencePairs, answer_span
 from homelab_ft.data.prepare import PARTS, load_prepared, prepare
 from homelab_ft.data.split import leaks
 
@@ -65,7 +65,7 @@ def test_every_form_gives_the_same_caches(tmp_path, tok, form, suffix):
     rows = rows_of(40)
     found = prepare(config_of(write(tmp_path / f'a{suffix}', [FORMS[form](r) for r in rows])), tok, tmp_path / 'a')
     wanted = prepare(config_of(write(tmp_path / 'b.jsonl', rows)), tok, tmp_path / 'b')
-    assert found.layout.kind == 'preference'
+    assert found.dataset_format.kind == 'preference'
     assert {n: c.fingerprint for n, c in found.caches.items()} == {n: c.fingerprint for n, c in wanted.caches.items()}
 
 
@@ -76,7 +76,7 @@ def test_pairs_are_not_crossed_and_no_prompt_is_on_both_sides(tmp_path, tok):
     again = load_prepared(tmp_path / 'a')
     where = {}
     for part in PARTS:
-        pairs = Pairs(getattr(again, part), again.rejected[f'{part}_rejected'])
+        pairs = PreferencePairs(getattr(again, part), again.rejected[f'{part}_rejected'])
         assert pairs.chosen.rows.tolist() == pairs.rejected.rows.tolist()
         for i, row in enumerate(pairs.chosen.rows.tolist()):
             prompt, chosen, rejected = (tok.decode(ids, skip_special_tokens=True) for ids in pairs.pair(i))
@@ -114,8 +114,8 @@ def test_test_data_has_pairs_too(tmp_path, tok):
         prepare(config_of(write(tmp_path / 'a.jsonl', rows[:40]), test_data=write(tmp_path / 'c.jsonl', [dict(prompt='a', chosen='b')])), tok, tmp_path / 'c')
 
 
-@pytest.mark.parametrize('settings, said', [(dict(chosen_column='choosen'), 'did you mean chosen'), (dict(layout='preference', chosen_column='prompt'), None),
-                                            (dict(layout='prompt_completion', completion_column='chosen'), 'needs pairs of answers')])
+@pytest.mark.parametrize('settings, said', [(dict(chosen_column='choosen'), 'did you mean chosen'), (dict(dataset_format='preference', chosen_column='prompt'), None),
+                                            (dict(dataset_format='prompt_completion', completion_column='chosen'), 'needs pairs of answers')])
 def test_named_columns_and_layouts(tmp_path, tok, settings, said):
     path = write(tmp_path / 'a.jsonl', rows_of(40))
     if said is None: assert detect_format(rows_of(3), config_of(path, **settings)).chosen_column == 'prompt'

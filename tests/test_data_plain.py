@@ -6,8 +6,8 @@ from hypothesis import given, settings, strategies as st
 from homelab_ft.core import DataError, ModelError, embedded_model
 from homelab_ft.config import make_config
 from homelab_ft.data.chat_template import load_tokenizer
-from homelab_ft.data.formats import Layout, detect_format
-from homelab_ft.data.plain_text import encode_text, end_ids, holds_text, is_text
+from homelab_ft.data.formats import DatasetFormat, detect_format
+from homelab_ft.data.plain_text import encode_text, end_ids, is_text_dataset, is_text
 from homelab_ft.data.prepare import load_prepared, prepare
 from homelab_ft.deploy.chat import load_chat
 from homelab_ft.evaluate.compare import load_evaluation
@@ -38,12 +38,12 @@ def test_every_token_is_learned_and_the_text_comes_back(text):
 
 @pytest.mark.parametrize('rows, settings, expected', [
     ([{'text': 'a'}], {}, ['text']), ([{'Content': 'a', 'id': '1'}], {}, ['Content']), ([{'note': 'a', 'url': 'b'}], dict(text_columns=['note']), ['note']),
-    ([{'note': 'a'}], dict(layout='text'), ['note']), ([{'text': 'a', 'url': 'b'}], dict(layout='text'), ['text'])], ids=str)
+    ([{'note': 'a'}], dict(dataset_format='text'), ['note']), ([{'text': 'a', 'url': 'b'}], dict(dataset_format='text'), ['text'])], ids=str)
 def test_found(rows, settings, expected):
     assert (found := detect_format(rows, make_config(**settings))).kind == 'text' and found.text_columns == expected
 
-@pytest.mark.parametrize('rows, settings', [([{'note': 'a'}], {}), ([{'text': 'a', 'url': 'b'}], {}), ([{'a': 'x', 'b': 'y'}], dict(layout='text')),
-                                            ([{'a': 'x', 'b': 'y'}], dict(layout='text', text_columns=['a', 'b']))], ids=str)
+@pytest.mark.parametrize('rows, settings', [([{'note': 'a'}], {}), ([{'text': 'a', 'url': 'b'}], {}), ([{'a': 'x', 'b': 'y'}], dict(dataset_format='text')),
+                                            ([{'a': 'x', 'b': 'y'}], dict(dataset_format='text', text_columns=['a', 'b']))], ids=str)
 def test_not_guessed(rows, settings):
     with pytest.raises(DataError, match='cannot be told'): detect_format(rows, make_config(**settings))
 
@@ -100,7 +100,7 @@ def test_the_journey_without_a_template(run):
     assert gain.low > 0 and gain.tuned < 0.8 * gain.base and result.better
     assert abs(np.exp(gain.tuned) - result['perplexity'].tuned) < 1e-6
     assert json.loads((run.path / 'parity.json').read_text())['passed'] and run.report_path.exists()
-    assert holds_text(run.data_path) and all(is_text(e.messages) for e in load_prepared(run.data_path).test_examples)
+    assert is_text_dataset(run.data_path) and all(is_text(e.messages) for e in load_prepared(run.data_path).test_examples)
 
 def test_the_numbers_are_those_of_the_whole_text(run):
     data, result = load_prepared(run.data_path), load_evaluation(run)

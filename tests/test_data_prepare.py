@@ -41,7 +41,7 @@ def fingerprints(p): return [getattr(p, part).fingerprint for part in PARTS]
 def test_sample_tickets(tickets, tmp_path):
     train_csv, test_csv = tickets
     p = prepare(make_config(data=str(train_csv), test_data=str(test_csv), overlong_rows='drop'), tok(), tmp_path / 'data')
-    assert p.rows['test'] == len(p.test) == len(p.test_examples) == 200 and len(p.labels) == 8 and p.layout.label_column == 'team'
+    assert p.rows['test'] == len(p.test) == len(p.test_examples) == 200 and len(p.labels) == 8 and p.dataset_format.label_column == 'team'
     assert 0.10 < p.rows['validation'] / (p.rows['train'] + p.rows['validation']) < 0.20
     for i in (0, 57, 199):
         ids, mask = p.test.row(i)
@@ -63,7 +63,7 @@ def test_reading_back_gives_the_same(tmp_path):
     a = prepare(make_config(data=str(small(tmp_path))), tok(), tmp_path / 'a')
     b = load_prepared(tmp_path / 'a')
     assert b.cached and fingerprints(a) == fingerprints(b)
-    assert (a.test_examples, a.labels, a.layout, a.rows, a.fingerprint) == (b.test_examples, b.labels, b.layout, b.rows, b.fingerprint)
+    assert (a.test_examples, a.labels, a.dataset_format, a.rows, a.fingerprint) == (b.test_examples, b.labels, b.dataset_format, b.rows, b.fingerprint)
     assert a.markdown() == b.markdown() and str(a) == str(b)
 
 
@@ -182,7 +182,7 @@ def test_conversations_have_no_labels(tmp_path):
     lines = [{'messages': [{'role': 'user', 'content': f'What is {i} squared?'}, {'role': 'assistant', 'content': f'{i} times {i} is {i * i}.'}]} for i in range(40)]
     (tmp_path / 'talk.jsonl').write_text('\n'.join(map(json.dumps, lines)))
     p = prepare(make_config(data=str(tmp_path / 'talk.jsonl'), eval_fraction=0.4), tok(), tmp_path / 'a')
-    assert p.labels is None and p.layout.kind == 'conversational' and load_prepared(tmp_path / 'a').labels is None
+    assert p.labels is None and p.dataset_format.kind == 'conversational' and load_prepared(tmp_path / 'a').labels is None
 
 
 def test_rare_labels(tmp_path):
@@ -225,4 +225,4 @@ def test_a_bad_template_is_found_before_the_data_is_read(tmp_path):
 @pytest.mark.skipif(not BANKING.exists(), reason='needs banking77 in ../shared/data')
 def test_banking77(tmp_path):
     p = prepare(make_config(data=str(BANKING), max_rows=1500), tok(), tmp_path / 'a')
-    assert p.layout.label_column == 'category' and p.rows['file'] == 1500 and len(p.labels) == 77
+    assert p.dataset_format.label_column == 'category' and p.rows['file'] == 1500 and len(p.labels) == 77

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from homelab_ft.core import DataError
 from homelab_ft.data.sample import tickets as sample
-from homelab_ft.data.sample.tickets import TEAMS, make_test_tickets, make_tickets, planted_dirt, write_tickets
+from homelab_ft.data.sample.tickets import TEAMS, make_test_tickets, make_tickets, injected_noise, write_tickets
 from homelab_ft.io import fingerprint
 
 
@@ -43,7 +43,7 @@ def test_any_size(n, seed):
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**31))
 def test_dirt_is_where_it_is_said_to_be(seed):
-    rows, dirt = make_tickets(600, seed), planted_dirt(600, seed)
+    rows, dirt = make_tickets(600, seed), injected_noise(600, seed)
     at = lambda kind: [rows[i - 1] for i in dirt[kind]]
     texts = Counter((r['subject'], r['body'], r['team']) for r in rows if r['team'] and r['body'].strip())
     assert sum(k - 1 for k in texts.values()) == len(dirt['duplicate']) == 15
@@ -80,7 +80,7 @@ def test_lengths_in_tokens():
     from homelab_ft.core import embedded_model
     if not (embedded_model() / 'tokenizer.json').exists(): pytest.skip('the embedded tokenizer is not built')
     tok = transformers.AutoTokenizer.from_pretrained(embedded_model())
-    rows, dirt = make_tickets(), planted_dirt()
+    rows, dirt = make_tickets(), injected_noise()
     lengths = [len(ids) for ids in tok([f"{r['subject']}\n{r['body']}" for r in rows])['input_ids']]
     assert all(lengths[i - 1] > 400 for i in dirt['overlong'])
     short = [n for i, n in enumerate(lengths, 1) if i not in dirt['overlong']]

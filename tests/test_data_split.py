@@ -10,7 +10,7 @@ from homelab_ft.data.clean import clean
 from homelab_ft.data.formats import detect_format, to_examples
 from homelab_ft.data.load import load_rows
 from homelab_ft.data.dedup import normalise
-from homelab_ft.data.split import check_labels, groups_of, halve, leaks, split
+from homelab_ft.data.split import check_labels, groups_of, split_half, leaks, split
 
 SHARED = Path(__file__).resolve().parent.parent.parent / 'shared' / 'data'
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason='the shared data are not here')
@@ -47,7 +47,7 @@ def test_split_keeps_its_promises(cells, fraction, seed, stratify):
 @given(rows, st.integers(0, 100))
 def test_halves_keep_theirs(cells, seed):
     examples, groups = build(cells)
-    try: validation, test = halve(examples, groups, seed)
+    try: validation, test = split_half(examples, groups, seed)
     except DataError as e: assert 'next step' in str(e); return
     assert validation and test and sorted(e.row for e in validation + test) == [e.row for e in examples]
     assert leaks(validation, test) == 0
@@ -117,7 +117,7 @@ def test_banking77_splits_without_leaks():
     keep = check_labels(examples, 'drop')
     examples, groups = [examples[i] for i in keep], [report.groups[i] for i in keep]
     train, held = split(examples, groups)
-    validation, test = halve(held, groups_of(held, examples, groups))
+    validation, test = split_half(held, groups_of(held, examples, groups))
     assert abs(len(held) - 0.15 * len(examples)) < 2 and abs(len(validation) - len(test)) < 4
     assert leaks(train, held) == leaks(validation, test) == 0
     assert {e.label for e in held} <= {e.label for e in train}

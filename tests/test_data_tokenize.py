@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 import homelab_ft.io
 from homelab_ft.core import DataError, Example
 from homelab_ft.data.chat_template import encode, load_tokenizer
-from homelab_ft.data.tokenize import control_pattern, load_cache, make_cache, save_cache, take, tokenize_examples
+from homelab_ft.data.tokenize import control_pattern, load_cache, make_cache, save_cache, select, tokenize_examples
 
 quick = settings(max_examples=40, deadline=None)
 
@@ -34,7 +34,7 @@ def test_what_goes_in_comes_out(tmp_path_factory, rows):
     assert (cache.input_ids.dtype, cache.mask.dtype, cache.offsets.dtype, cache.rows.dtype) == (np.int32, np.uint8, np.int64, np.int64)
     assert cache.lengths.tolist() == [len(r) for r in rows] and cache.loss_tokens == sum(m for r in rows for _, m in r)
     back = list(reversed(range(len(cache))))
-    assert take(take(cache, back), back).fingerprint == cache.fingerprint
+    assert select(select(cache, back), back).fingerprint == cache.fingerprint
 
 
 @quick

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from homelab_ft.core import ConfigError, DataError
 from homelab_ft.config import make_config
 from homelab_ft.data.chat_template import load_tokenizer
-from homelab_ft.data.preference import Pairs
+from homelab_ft.data.preference import PreferencePairs
 from homelab_ft.data.sample.tickets import make_tickets
 from homelab_ft.data.tokenize import make_cache, save_cache
 from homelab_ft.evaluate.compare import load_evaluation
@@ -49,7 +49,7 @@ def pairs_of(n, seed=0, talk=False):
             answer = [*draw.integers(100, 500, draw.integers(1, 6)).tolist(), end, 4]
             begun, learned = ([7, 8, 9, *prompt], [0, 1, 1] + [0] * len(prompt)) if talk else (prompt, [0] * len(prompt))
             side.append((begun + answer + [5] * talk, learned + [1] * len(answer) + [0] * talk))
-    return Pairs(*(make_cache(side, range(n)) for side in sides))
+    return PreferencePairs(*(make_cache(side, range(n)) for side in sides))
 
 
 def engine(folder, pairs, dtype='float32', moved=True, **settings):

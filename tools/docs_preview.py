@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import pypandoc, yaml
 
-from check_house import read_settings, sidebar
+from check_repo import read_settings, sidebar
 from notebook_text import fence, join, merge_streams, output_text, read_directives, save_picture
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -2,7 +2,7 @@
 import base64, re
 from pathlib import Path
 
-from check_house import cell_directives, directive_name
+from check_repo import cell_directives, directive_name
 
 
 def fence(text, info=''):

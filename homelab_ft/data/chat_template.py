@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENIZER_FILES', 'QUESTION', 'PROBE', 'load_tokenizer', 'render', 'end_of_turn', 'end_of_turn_ids', 'Encoded',
-           'encode', 'prompt_ids', 'marked', 'TemplateReport', 'check_template']
+           'encode', 'prompt_ids', 'show_loss_mask', 'TemplateReport', 'check_template']
 
 # %% ../../nbs/data/06_chat_template.ipynb #3603d651
 import os
@@ -227,7 +227,7 @@ def prompt_ids(
     return _join(text, _earlier_turns(messages, text, tok), tok)[0]
 
 # %% ../../nbs/data/06_chat_template.ipynb #781b768b
-def marked(
+def show_loss_mask(
     encoded: Encoded,    # a conversation as tokens
     tok,                 # its tokenizer
 ) -> str:
@@ -287,7 +287,7 @@ def check_template(
 ) -> TemplateReport:
     "Try the template on a small conversation; raises `ModelError` if turns stay open, prompts differ, or tokens do not give the answer back."
     close, enc = end_of_turn(tok), encode(_try('uaua'), tok)
-    said = [part.split('⟧')[0] for part in marked(enc, tok).split('⟦')[1:]]
+    said = [part.split('⟧')[0] for part in show_loss_mask(enc, tok).split('⟦')[1:]]
     if not all(PROBE in s and s.endswith(close) for s in said):
         raise ModelError("the tokens do not give the assistant's answer back", value=said, allowed=PROBE + close, next_step="check that tokenizer and template belong together")
     before = render(_try('u'), tok, add_generation_prompt=True).rpartition(QUESTION)[2]

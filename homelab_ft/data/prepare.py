@@ -12,15 +12,15 @@ from pathlib import Path
 
 from ..core import ConfigError, DataError, Example
 from ..config import DataSettings, RunConfig
-from .chat_template import Encoded, check_template, encode, marked
+from .chat_template import Encoded, check_template, encode, show_loss_mask
 from .clean import CleaningReport, clean, cleaning_table
-from .formats import Layout, columns_of, detect_format, to_examples
+from .formats import DatasetFormat, columns_of, detect_format, to_examples
 from .load import load_rows, source_fingerprint
 from .dedup import normalise
 from .preference import check_objective, read_examples, tokenize_any
 from .plain_text import encode_text
-from .split import check_labels, groups_of, halve, split
-from .tokenize import TokenCache, TokenReport, load_cache, save_cache, take, tokenize_examples, tokenizer_fingerprint
+from .split import check_labels, groups_of, split_half, split
+from .tokenize import TokenCache, TokenReport, load_cache, save_cache, select, tokenize_examples, tokenizer_fingerprint
 from ..table import Table, table_html, table_markdown
 from ..io import file_fingerprint, fingerprint, read_jsonl, write_atomic, write_json
 
@@ -33,7 +33,7 @@ class Prepared:
     test: TokenCache            # what only the final evaluation sees
     test_examples: list         # the `Example`s of `test`, as messages
     labels: list                # all classes, sorted; None if this is no classification
-    layout: Layout              # what the columns mean
+    dataset_format: DatasetFormat              # what the columns mean
     report: list                # of `Table`
     fingerprint: str            # SHA-256 of all that went in: file, settings, tokenizer, template
     rows: dict                  # counts: file, cleaned, tokenized, train, validation, test
@@ -56,7 +56,7 @@ class Prepared:
 @dataclass
 class _Source:
     "A file as clean, tokenized examples; `groups[i]`, `examples[i]` and row `i` of `cache` belong together."
-    layout: Layout
+    dataset_format: DatasetFormat
     examples: list
     groups: list
     cache: TokenCache
@@ -68,10 +68,10 @@ class _Source:
 # %% ../../nbs/data/10_prepare.ipynb #71ff41a4
 def _check_columns(
     rows: list,       # of the test file
-    layout: Layout,   # of the training file
+    dataset_format: DatasetFormat,   # of the training file
 ):
     "Refuse a test file that lacks columns of the training file."
-    wanted = [c for name, v in vars(layout).items() if name not in ('kind', 'left_out') for c in (v if isinstance(v, list) else [v]) if c]
+    wanted = [c for name, v in vars(dataset_format).items() if name not in ('kind', 'left_out') for c in (v if isinstance(v, list) else [v]) if c]
     missing = [c for c in wanted if c not in columns_of(rows)]
     if missing: raise DataError('columns of data are missing', value=', '.join(missing), allowed=', '.join(wanted), next_step='give both files the same columns')
 
@@ -80,27 +80,27 @@ def _read(
     path: str,                # data file
     config: RunConfig,        # the settings
     tok,                      # tokenizer
-    layout: Layout = None,    # of the training file, if this is the test file
+    dataset_format: DatasetFormat = None,    # of the training file, if this is the test file
 ) -> _Source:
     "Load, clean and tokenize one file."
-    rows = load_rows(path, config.encoding, None if layout else config.max_rows, config.seed)
-    if layout: _check_columns(rows, layout)
-    else: layout = detect_format(rows, config)
-    check_objective(config, layout.kind)
-    if layout.kind != 'text': check_template(tok)
-    examples, cleaning = clean(read_examples(to_examples, rows, layout, config.system_prompt))
-    cache, rejected, kept, tokens = tokenize_any(examples, tokenize_examples, take, tok, config.max_length, config.overlong_rows, encode_text if layout.kind == 'text' else encode)
-    return _Source(layout, [examples[i] for i in kept], [cleaning.groups[i] for i in kept], cache, len(rows), cleaning, tokens, rejected)
+    rows = load_rows(path, config.encoding, None if dataset_format else config.max_rows, config.seed)
+    if dataset_format: _check_columns(rows, dataset_format)
+    else: dataset_format = detect_format(rows, config)
+    check_objective(config, dataset_format.kind)
+    if dataset_format.kind != 'text': check_template(tok)
+    examples, cleaning = clean(read_examples(to_examples, rows, dataset_format, config.system_prompt))
+    cache, rejected, kept, tokens = tokenize_any(examples, tokenize_examples, select, tok, config.max_length, config.overlong_rows, encode_text if dataset_format.kind == 'text' else encode)
+    return _Source(dataset_format, [examples[i] for i in kept], [cleaning.groups[i] for i in kept], cache, len(rows), cleaning, tokens, rejected)
 
 # %% ../../nbs/data/10_prepare.ipynb #8bbf255d
 def _read_test(
     config: RunConfig,        # with `test_data`
     tok,                      # tokenizer
-    layout: Layout,           # of the training file
+    dataset_format: DatasetFormat,           # of the training file
 ) -> _Source:
     "The test file, its errors marked as such; None if there is no such file."
     if config.test_data is None: return None
-    try: return _read(config.test_data, config, tok, layout)
+    try: return _read(config.test_data, config, tok, dataset_format)
     except DataError as e: raise DataError(f'test_data: {e.what}', e.value, e.allowed, e.next_step) from None
 
 # %% ../../nbs/data/10_prepare.ipynb #17e3b1d9
@@ -122,7 +122,7 @@ def _split(
     "Who learns, who watches, who is asked."
     train, held_out = split(examples, groups, config.eval_fraction, config.seed)
     if test: validation = held_out
-    else: validation, test = halve(held_out, groups_of(held_out, examples, groups), config.seed)
+    else: validation, test = split_half(held_out, groups_of(held_out, examples, groups), config.seed)
     return dict(train=train, validation=validation, test=test)
 
 # %% ../../nbs/data/10_prepare.ipynb #20cdb14a
@@ -146,7 +146,7 @@ def _cache_of(
 ) -> TokenCache:
     "The tokens of a part."
     position = {row: i for i, row in enumerate(source.cache.rows.tolist())}
-    return take(getattr(source, side), [position[e.row] for e in part])
+    return select(getattr(source, side), [position[e.row] for e in part])
 
 # %% ../../nbs/data/10_prepare.ipynb #65409975
 def _way(
@@ -176,7 +176,7 @@ def _example_table(
     tok,                 # their tokenizer
 ) -> Table:
     "The first row as text, broken into lines."
-    text = marked(Encoded(*(part.tolist() for part in cache.row(0))), tok)
+    text = show_loss_mask(Encoded(*(part.tolist() for part in cache.row(0))), tok)
     lines = [[piece] for line in text.splitlines() for piece in textwrap.wrap(line, 100) or ['']]
     return Table(['one row as the model reads it; loss between ⟦ and ⟧'], lines, 'Example')
 
@@ -189,8 +189,8 @@ def _report(
     notes: dict,                 # what else happened -> number of rows
 ) -> list:                       # of `Table`
     "All that a person may want to check."
-    tables = [_way(source, caches, notes), cleaning_table(source.cleaning), source.tokens.table(), source.layout._table(),
-              *([] if source.layout.kind == 'text' else [check_template(tok).table()]), _example_table(caches['train'], tok)]
+    tables = [_way(source, caches, notes), cleaning_table(source.cleaning), source.tokens.table(), source.dataset_format._table(),
+              *([] if source.dataset_format.kind == 'text' else [check_template(tok).table()]), _example_table(caches['train'], tok)]
     if not test: return tables
     found = cleaning_table(test.cleaning)
     return tables + [Table(found.headers, found.rows, f'Test file. {found.title}'), test.tokens.table()]
@@ -203,6 +203,7 @@ def _key(
     "SHA-256 of all that shapes the prepared data."
     elsewhere = ('model', 'data', 'test_data', 'chat_template')     # their content counts, not their name
     settings = {k: getattr(config, k) for k in [*DataSettings.model_fields, 'seed'] if k not in elsewhere}
+    settings['layout'] = settings.pop('dataset_format')             # its name in the keys of older runs
     files = [p and source_fingerprint(p) for p in (config.data, config.test_data)]
     return fingerprint({'form': 1, 'files': files, 'settings': settings, 'tokenizer': tokenizer_fingerprint(tok)})
 
@@ -220,7 +221,7 @@ def _save(
     tests = write_atomic(folder / 'test_examples.jsonl', ''.join(json.dumps(asdict(e), ensure_ascii=False) + '\n' for e in prepared.test_examples))
     write_atomic(folder / 'data_report.md', prepared.markdown())
     seal = {name: c.fingerprint for name, c in prepared.caches.items()} | {'test_examples': file_fingerprint(tests)}
-    write_json(folder / 'data.json', dict(fingerprint=prepared.fingerprint, rows=prepared.rows, labels=prepared.labels, layout=asdict(prepared.layout),
+    write_json(folder / 'data.json', dict(fingerprint=prepared.fingerprint, rows=prepared.rows, labels=prepared.labels, dataset_format=asdict(prepared.dataset_format),
                                           seal=seal, report=[asdict(t) for t in prepared.report]))
 
 # %% ../../nbs/data/10_prepare.ipynb #52cbad76
@@ -251,7 +252,7 @@ def load_prepared(
     if about is None: raise DataError('the folder holds no prepared data', value=folder, next_step='prepare the data')
     caches, tests = {n: load_cache(folder / f'{n}.safetensors') for n in about['seal'] if n != 'test_examples'}, folder / 'test_examples.jsonl'
     _check_seal(about['seal'], caches, tests)
-    return Prepared(**{p: caches.pop(p) for p in PARTS}, rejected=caches or None, test_examples=[Example(**e) for e in read_jsonl(tests)], labels=about['labels'], layout=Layout(**about['layout']),
+    return Prepared(**{p: caches.pop(p) for p in PARTS}, rejected=caches or None, test_examples=[Example(**e) for e in read_jsonl(tests)], labels=about['labels'], dataset_format=DatasetFormat(**about.get('dataset_format', about.get('layout'))),
                     report=[Table(**t) for t in about['report']], fingerprint=about['fingerprint'], rows=about['rows'], cached=True)
 
 # %% ../../nbs/data/10_prepare.ipynb #3339add8
@@ -262,13 +263,13 @@ def _build(
 ) -> Prepared:
     "Read, divide, report; nothing is written."
     source = _read(config.data, config, tok)
-    test = _read_test(config, tok, source.layout)
+    test = _read_test(config, tok, source.dataset_format)
     parts, leaked, rare = _divide(source, test, config)
     side = lambda which: {name: _cache_of(test if test and name == 'test' else source, part, which) for name, part in parts.items()}
     caches, rejected = side('cache'), source.rejected and {f'{name}_rejected': c for name, c in side('rejected').items()}
-    labels = sorted({e.label for part in parts.values() for e in part}) if source.layout.kind == 'classification' else None
+    labels = sorted({e.label for part in parts.values() for e in part}) if source.dataset_format.kind == 'classification' else None
     rows = dict(file=source.rows, cleaned=source.cleaning.rows_out, tokenized=len(source.cache)) | {name: len(c) for name, c in caches.items()}
-    return Prepared(**caches, rejected=rejected, test_examples=parts['test'], labels=labels, layout=source.layout, fingerprint=key, rows=rows,
+    return Prepared(**caches, rejected=rejected, test_examples=parts['test'], labels=labels, dataset_format=source.dataset_format, fingerprint=key, rows=rows,
                     report=_report(source, test, caches, tok, _notes(parts, leaked, rare)))
 
 # %% ../../nbs/data/10_prepare.ipynb #0c3a446d

@@ -16,7 +16,7 @@ from ..table import Table
 from ..io import now, read_jsonl, write_json
 from ..hardware.machine import check_disk, check_writable
 from ..data.chat_template import encode, end_of_turn_ids, load_tokenizer, prompt_ids, render
-from ..data.plain_text import encode_text, end_ids, holds_text, is_text
+from ..data.plain_text import encode_text, end_ids, is_text_dataset, is_text
 from ..data.tokenize import make_cache
 from ..train.checkpoint import write_folder
 from ..train.engine.batching import collate, in_batches
@@ -106,7 +106,7 @@ def merge(
     config, out = run.config(), Path(out or run.merged_path)
     _check_target(run, out)
     tok = load_tokenizer(config.model, config.chat_template, needs_template=False)
-    _save_model(_merged_model(run, config), tok, end_ids(tok) if holds_text(run.data_path) else end_of_turn_ids(tok), out)
+    _save_model(_merged_model(run, config), tok, end_ids(tok) if is_text_dataset(run.data_path) else end_of_turn_ids(tok), out)
     return out
 
 # %% ../../nbs/deploy/02_merge.ipynb #49ff153a

@@ -15,9 +15,9 @@ from ..config import RunConfig
 from ..table import Table, table_html, table_markdown
 from ..io import now, read_jsonl, write_json
 from ..data.chat_template import encode, end_of_turn_ids, load_tokenizer, prompt_ids
-from ..data.preference import Answers, Pairs
+from ..data.preference import Answers, PreferencePairs
 from ..data.plain_text import is_text
-from ..data.tokenize import TokenCache, load_cache, make_cache, take
+from ..data.tokenize import TokenCache, load_cache, make_cache, select
 from .bootstrap import Interval, paired_bootstrap, paired_bootstrap_accuracy
 from .likelihood import perplexity, sequence_nll
 from .preference import PREFERRED, preference_lines, preference_verdict
@@ -145,12 +145,12 @@ def held_out_rows(
 def _pairs_of(
     run: RunFolder,        # a run whose data is prepared
     cache: TokenCache,     # from `held_out_rows`
-) -> Pairs:                # None if the rows have one answer only
+) -> PreferencePairs:                # None if the rows have one answer only
     "The same rows with both answers."
     if not (path := run.data_path / 'test_rejected.safetensors').exists(): return None
     worse = load_cache(path)
     at = {row: i for i, row in enumerate(worse.rows.tolist())}
-    return Pairs(cache, take(worse, [at[row] for row in cache.rows.tolist()]))
+    return PreferencePairs(cache, select(worse, [at[row] for row in cache.rows.tolist()]))
 
 # %% ../../nbs/evaluate/06_compare.ipynb #25e18f38
 def _label_ids(
@@ -196,7 +196,7 @@ def _numbers(
     labels,               # classes, or None
     config: RunConfig,    # sizes
     progress: bool,       # show bars
-    pairs: Pairs = None,  # the same rows with both answers
+    pairs: PreferencePairs = None,  # the same rows with both answers
 ) -> dict:                # nll, tokens, classes, texts, sides
     "Everything that is measured on one model."
     size = config.per_device_train_batch_size

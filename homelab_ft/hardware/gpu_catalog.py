@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..core import ConfigError, MiB, fmt_gib, near_matches
-from ..config import Settings, _read_yaml
+from ..config import Settings, read_yaml
 from ..table import Table
 
 # %% ../../nbs/hardware/03_gpu_catalog.ipynb #630e650e
@@ -121,7 +121,7 @@ def _entries(
     path: Path,      # a file of cards
 ) -> tuple:          # (id -> entry, key -> source), not checked further
     "What stands in a file; `ConfigError` if it is no list of cards."
-    content = _read_yaml(path)
+    content = read_yaml(path)
     cards, sources = content.get('cards') or [], content.get('sources') or {}
     shaped = set(content) <= {'cards', 'sources'} and isinstance(cards, list) and isinstance(sources, dict)
     if not shaped or not all(isinstance(c, dict) and isinstance(c.get('id'), str) for c in cards):

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..core import ConfigError, DataError, ModelError
 from ..config import RunConfig
 from ..data.chat_template import load_tokenizer
-from ..data.preference import Answers, Pairs
+from ..data.preference import Answers, PreferencePairs
 from ..data.tokenize import load_cache
 from .engine.padded import PaddedStep, label_nll, precision
 from .engine.batching import collate, in_batches
@@ -35,7 +35,7 @@ def _answer_logps(
 # %% ../../nbs/train/04_dpo.ipynb #7b9148ca
 def pair_logps(
     model,              # causal language model, plain, quantized or with peft around it
-    pairs: Pairs,       # tokenized pairs
+    pairs: PreferencePairs,       # tokenized pairs
     rows: list,         # positions
 ) -> tuple:             # `(chosen, rejected)`: float32 [rows] each, in nats
     "Log-likelihood of the better and of the worse answers, summed over their tokens."
@@ -85,8 +85,8 @@ def check_preference(
     "Refuse what preference tuning cannot do, before any work; nothing happens for `objective=sft`. Raises `ConfigError`."
     if config.objective != 'dpo': return
     _refuse_settings(config)
-    if config.layout not in ('auto', 'preference'):
-        raise ConfigError('objective=dpo needs pairs of answers', value=f'layout={config.layout}', allowed='layout=preference', next_step='set layout=preference, or objective=sft')
+    if config.dataset_format not in ('auto', 'preference'):
+        raise ConfigError('objective=dpo needs pairs of answers', value=f'dataset_format={config.dataset_format}', allowed='dataset_format=preference', next_step='set dataset_format=preference, or objective=sft')
     if not _trl_version().startswith(TRL + '.'):
         raise ConfigError(f'objective=dpo needs TRL {TRL}', value=_trl_version() or 'not installed', allowed=f'trl {TRL}', next_step=f'pip install "trl=={TRL}.*", or the extra: pip install -e ".[dpo]"')
 
@@ -151,7 +151,7 @@ class DPOStep(PaddedStep):
 # %% ../../nbs/train/04_dpo.ipynb #2c74b0f0
 @patch
 def batch(self: DPOStep,
-    pairs: Pairs,           # tokenized pairs
+    pairs: PreferencePairs,           # tokenized pairs
     rows: list,             # positions
 ) -> dict:                  # what TRL's collator makes, on the model's device: first all better answers, then all worse
     "Some pairs as one rectangle."
@@ -161,7 +161,7 @@ def batch(self: DPOStep,
 # %% ../../nbs/train/04_dpo.ipynb #9e5df0bb
 @patch
 def loss(self: DPOStep,
-    pairs: Pairs,           # tokenized pairs
+    pairs: PreferencePairs,           # tokenized pairs
     rows: list,             # positions
 ) -> tuple:                 # `(loss, what is watched)`: 0-d tensor, name -> float
     "Mean loss of some pairs, computed by TRL."
@@ -182,7 +182,7 @@ def _mean(
 # %% ../../nbs/train/04_dpo.ipynb #c54589a4
 @patch
 def accumulate(self: DPOStep,
-    pairs: Pairs,           # tokenized pairs
+    pairs: PreferencePairs,           # tokenized pairs
     micro_batches: list,    # lists of positions that make one optimizer step
 ) -> tuple:                 # `(loss, pairs)`: nats per pair as a detached 0-d tensor, and their number
     "Add the gradient of the mean loss over all pairs to `.grad`."
@@ -197,7 +197,7 @@ def accumulate(self: DPOStep,
 # %% ../../nbs/train/04_dpo.ipynb #c9773d6c
 def check_pair(
     steps: DPOStep,       # the engine
-    pairs: Pairs,           # tokenized pairs
+    pairs: PreferencePairs,           # tokenized pairs
 ):
     "`ModelError` if TRL finds another likelihood for the shortest pair than we do."
     import torch
@@ -212,7 +212,7 @@ def check_pair(
 # %% ../../nbs/train/04_dpo.ipynb #3cf57136
 @patch
 def mean_loss(self: DPOStep,
-    pairs: Pairs,           # held-out pairs
+    pairs: PreferencePairs,           # held-out pairs
     batch_size: int = 16,   # pairs at a time; fewer where the card is too full
 ) -> tuple:                 # `(nats per pair, what is watched)`
     "Mean loss of all pairs, without gradient."
@@ -229,7 +229,7 @@ def mean_loss(self: DPOStep,
 def preference_engine(
     model,                  # PeftModel in training mode
     config: RunConfig,      # settings of a run
-    pairs: Pairs,           # its training pairs
+    pairs: PreferencePairs,           # its training pairs
     device: str,            # 'cpu' or 'cuda'
 ) -> DPOStep:
     "What takes the gradients of a preference run, checked on one pair."
@@ -242,10 +242,10 @@ def preference_engine(
 def load_pairs(
     folder,              # a prepared folder
     part: str,           # train, validation or test
-) -> Pairs:
+) -> PreferencePairs:
     "Both answers of one part; `DataError` if there are no rejected answers, or a file is torn."
     chosen, rejected = (Path(folder) / f'{name}.safetensors' for name in (part, f'{part}_rejected'))
-    if not rejected.exists(): raise DataError('the prepared data holds no pairs', value=folder, allowed='layout=preference', next_step='prepare preference data')
-    pairs = Pairs(load_cache(chosen), load_cache(rejected))
+    if not rejected.exists(): raise DataError('the prepared data holds no pairs', value=folder, allowed='dataset_format=preference', next_step='prepare preference data')
+    pairs = PreferencePairs(load_cache(chosen), load_cache(rejected))
     if pairs.chosen.rows.tolist() == pairs.rejected.rows.tolist(): return pairs
     raise DataError('chosen and rejected answers do not belong together', value=rejected, next_step='prepare the data again')

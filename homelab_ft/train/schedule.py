@@ -173,7 +173,7 @@ class TrainerContext:
     model: object                  # with adapter
     engine: object                 # takes the gradients: `PaddedStep`, `PackedStep`, or `DPOStep`, which also has numbers to watch
     optimizer: object
-    train: object                  # TokenCache, or `Pairs` of them
+    train: object                  # TokenCache, or `PreferencePairs` of them
     validation: object             # the same, or None
     state: State
     meter: object                  # counts joules

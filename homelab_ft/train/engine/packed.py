@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #ee3ed284
-from .ops import varlen_attention as attention, fused_lora as linear, chunked_loss as loss, checkpointing as recompute
+from .ops import varlen_attention as attention, fused_lora as linear, chunked_loss as chunked, checkpointing as recompute
 from . import packing
 from .padded import _plain_model, decoder_and_head, decoder_layers
 from .memory_budget import StepOptions
@@ -32,7 +32,7 @@ class PackedStep:
         self.model, self.options, self.parameters = model, options, [p for p in model.parameters() if p.requires_grad]
         self.decoder, self.head = decoder_and_head(model)
         self.layers, self.device, self.dtype = decoder_layers(model), self.head.weight.device, self.head.weight.dtype
-        self.run, self.math, self.chunk = None, loss.chunk_loss, 0      # compiled layers, if any; a chunk's loss; its positions, 0: as many as usual
+        self.run, self.math, self.chunk = None, chunked.chunk_loss, 0      # compiled layers, if any; a chunk's loss; its positions, 0: as many as usual
         self.lane, self.graphs, self.seen = None, {}, Counter()         # where passes are recorded; those that are, by shape; how often each shape came
         self.learned, self.copies, self.table = {}, None, None          # learned tokens of each row; 16-bit adapters; embeddings in host memory
         self.paths = dict(rows='on', lora='on', loss='on', compile='no card', graph='no card', attention='varlen', recompute={})
@@ -84,7 +84,7 @@ def loss(self: PackedStep,
     with torch.autocast(self.device.type, torch.bfloat16, self.paths['lora'] != 'on' and self.dtype == torch.bfloat16, cache_enabled=False):
         hidden = self.decoder(**{k: batch[k] for k in ('input_ids', 'position_ids', 'cu_seqlens')}, use_cache=False, longest=self.options.longest, even=even)[0][0]
     learned = hidden.index_select(0, batch['at']), self.head.weight, batch['targets'], batch['weights']
-    return loss.chunked_loss(*learned, self.chunk, self.options.label_smoothing, self.math)
+    return chunked.chunked_loss(*learned, self.chunk, self.options.label_smoothing, self.math)
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #855a18e0
 @patch
@@ -93,7 +93,7 @@ def fit_loss(self: PackedStep,
 ):
     "Take so many positions of the loss at a time that a quarter of the room is enough for them."
     vocab = len(self.head.weight)
-    self.chunk = min(loss.chunk_size(vocab), loss.chunk_size(vocab, room // (4 * 16)))
+    self.chunk = min(chunked.chunk_size(vocab), chunked.chunk_size(vocab, room // (4 * 16)))
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #32ff82d7
 def _sent(batch: dict, device) -> dict:

@@ -1,15 +1,14 @@
-"The house itself: what tools/check_house.py and tools/make_readme.py check, and that each check can fail."
+"The repository itself: what the checks in tools/ find, and that each of them can fail."
 import json, os, re, shutil, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 
-import check_house as house
-import drop_bars as house_bars
-import docs_preview, make_readme
+import check_repo as repo
+import docs_preview, drop_bars, make_readme, measure_style
 from notebook_text import fence, merge_streams, read_directives
 
-ROOT = house.ROOT
+ROOT = repo.ROOT
 
 
 def code(*sources): return [('code', s) for s in sources]
@@ -24,11 +23,11 @@ def complains(complaints, *words):
 
 
 @pytest.fixture(scope='module')
-def results(): return house.check_all(ROOT)
+def results(): return repo.check_all(ROOT)
 
 
-@pytest.mark.parametrize('check', ['directives', 'titles', 'outputs', 'imports', 'style', 'site', 'dependencies', 'stray'])
-def test_house_is_in_order(results, check):
+@pytest.mark.parametrize('check', ['directives', 'titles', 'outputs', 'imports', 'parameters', 'sizes', 'site', 'dependencies', 'stray'])
+def test_repo_is_in_order(results, check):
     assert not results[check], '\n' + '\n'.join(results[check])
 
 
@@ -42,59 +41,77 @@ def test_house_is_in_order(results, check):
     ('#| gpu\nimport torch', 'tests skip'), ('#| slow\ndef f():\n    import torch', 'tests skip'),
     ('import torch\nprint(torch)', 'imports beside code'), ('#| hide\nimport os\nos.mkdir("x")', 'imports beside code'),
     ('#| export\nfrom os import *', 'import *')])
-def test_bad_directives_are_found(source, word): complains(house.check_directives(code(source)), word)
+def test_bad_directives_are_found(source, word): complains(repo.check_directives(code(source)), word)
 
 
 def test_good_directives_pass():
     good = ['#| default_exp plan.vram', '#| export\nimport os\nx = os.sep', '#|export\nx = 1', '#| hide\nimport os\ntmp = os.sep', '#| gpu\nprint(1)',
             '#| echo: false\n#| code-fold: true\nprint(1)', '# a comment about export\nx = 1', '%matplotlib inline', '!ls', '']
-    assert house.check_directives(code(*good) + [('markdown', '#| exprot')]) == []
+    assert repo.check_directives(code(*good) + [('markdown', '#| exprot')]) == []
 
 
 @pytest.mark.parametrize('first', ['# # Core\n\n> Units.', '# Core', '## Core\n\n> Units.', '# Core\n> Units'])
-def test_bad_titles_are_found(first): complains(house.check_title([('markdown', first)]), 'first cell')
+def test_bad_titles_are_found(first): complains(repo.check_title([('markdown', first)]), 'first cell')
 
 
-def test_good_titles_pass(): assert house.check_title([('markdown', '# Core\n\n> Units, errors.')]) == []
+def test_good_titles_pass(): assert repo.check_title([('markdown', '# Core\n\n> Units, errors.')]) == []
 
 
 def test_progress_bars_are_found_and_dropped():
-    view = lambda name, text: {'output_type': 'display_data', 'data': {house_bars.VIEW: {'model_id': name}, 'text/plain': [text]}}
+    view = lambda name, text: {'output_type': 'display_data', 'data': {drop_bars.VIEW: {'model_id': name}, 'text/plain': [text]}}
     state = {'bar': {'state': {'children': ['IPY_MODEL_part']}}, 'part': {}, 'slider': {'state': {'layout': 'IPY_MODEL_space'}}, 'space': {}}
     notebook = {'cells': [{'outputs': [view('bar', 'loading:  50%|## | 1/2 [00:03<00:03]'), view('slider', 'IntSlider(value=3)')]}, {'source': ''}],
-                'metadata': {'widgets': {house_bars.STATE: {'state': state}}}}
-    complains(house.check_outputs(notebook), 'drop_bars')
-    clean = house_bars.without_bars(notebook)
-    assert house.check_outputs(clean) == [] and set(clean['metadata']['widgets'][house_bars.STATE]['state']) == {'slider', 'space'}
+                'metadata': {'widgets': {drop_bars.STATE: {'state': state}}}}
+    complains(repo.check_outputs(notebook), 'drop_bars')
+    clean = drop_bars.without_bars(notebook)
+    assert repo.check_outputs(clean) == [] and set(clean['metadata']['widgets'][drop_bars.STATE]['state']) == {'slider', 'space'}
     del notebook['cells'][0]['outputs'][1]
-    assert house_bars.without_bars(notebook)['metadata'] == {}
+    assert drop_bars.without_bars(notebook)['metadata'] == {}
 
 
-# ---------------------------------------------------------------- import graph
-
-GOOD_MODULES = {'homelab_ft.core': '', 'homelab_ft.plan.memory.estimate': 'from ..core import fmt_gib', 'homelab_ft.__init__': '__version__ = "1"'}
+# ---------------------------------------------------------------- modules
 
 
-def test_good_imports_pass(): assert house.check_imports(GOOD_MODULES) == []
+def test_hidden_imports_are_found():
+    program = {'homelab_ft.plan.trace.trace': 'BEGIN = "import gc; from homelab_ft.plan import x"'}
+    complains(repo.check_strings(program), 'a program in a string')
+    upwards = {'homelab_ft.train.launcher': 'command = ["python", "-m", "homelab_ft.plan.probe"]'}
+    complains(repo.check_strings(upwards), 'stands above it')
+    downwards = {'homelab_ft.cli': 'command = ["python", "-m", "homelab_ft.plan.probe"]'}
+    assert repo.check_strings(downwards) == []
 
 
-@pytest.mark.parametrize('statement', ['from ..core import x', 'from homelab_ft.core import x', 'from homelab_ft import core', 'from .. import core',
-                                       'import homelab_ft.core', 'def f():\n    from ..core import x', 'try: import homelab_ft.core as c\nexcept ImportError: pass'])
-def test_every_kind_of_import_is_seen(statement):
-    graph = house.import_graph({'homelab_ft.core': '', 'homelab_ft.plan.memory.estimate': statement})
-    assert graph == {'homelab_ft.core': set(), 'homelab_ft.plan.memory.estimate': {'homelab_ft.core'}}
+@pytest.mark.parametrize('source, word', [
+    ('def f(a):\n    "Does."', 'parameter a'),
+    ('def f(\n    a, b,  # both\n):\n    "Does."', 'parameter b'),
+    ('def f(\n    *,\n    a,\n):\n    "Does."', 'parameter a'),
+    ('class A:\n    "An A."\n    def __init__(self, a): self.a = a', 'parameter a'),
+])
+def test_undocumented_parameters_are_found(source, word): complains(repo.check_parameters({'homelab_ft.m': source}), word)
 
 
-def test_bad_imports_are_found():
-    complains(house.check_imports({**GOOD_MODULES, 'homelab_ft.core': 'from .files import x', 'homelab_ft.io': 'def f(): from .core import y'}), 'cycle', 'homelab_ft.core ->')
-    complains(house.check_imports({**GOOD_MODULES, 'homelab_ft.core': 'def f(): from homelab_ft.plan import vram'}), 'cycle')
-    complains(house.check_imports({'homelab_ft.plan.cost': 'from ..train.run import x', 'homelab_ft.train.trainer': ''}), 'homelab_ft.plan.cost imports homelab_ft.train.trainer')
-    complains(house.check_imports({**GOOD_MODULES, 'homelab_ft.extra.x': ''}), 'extra', 'no room')
-    complains(house.check_imports({**GOOD_MODULES, 'homelab_ft.plan.__init__': 'from . import vram'}), '__init__')
-    chain = {f'homelab_ft.plan.m{i}': f'from .m{i + 1} import x' for i in range(5)} | {'homelab_ft.plan.m5': ''}
-    complains(house.check_imports(chain), '5 deep', 'm0 -> homelab_ft.plan.m1')
-    del chain['homelab_ft.plan.m0']
-    assert house.check_imports(chain) == []
+def test_documented_parameters_pass():
+    good = 'def f(\n    a,  # the thing\n):\n    "Does."\ndef _g(b): pass'
+    assert repo.check_parameters({'homelab_ft.m': good}) == []
+
+
+def test_long_modules_are_found():
+    complains(repo.check_sizes({'m': 'x\n' * 501}), '501 lines')
+    assert repo.check_sizes({'m': 'x\n' * 500}) == []
+
+
+def test_style_is_measured(tmp_path):
+    module, notebook = tmp_path / 'homelab_ft' / 'a.py', tmp_path / 'nbs' / '01_a.ipynb'
+    for path in (module, notebook): path.parent.mkdir()
+    module.write_text(f'def f():\n    "Does."\n    return 1\n\n\ndef _g():\n    return "{"x" * 130}"\n')
+    cells = [dict(cell_type='code', source=['#| export\n', 'x = 1']), dict(cell_type='code', source=['#| export\n', 'y = 1'])]
+    notebook.write_text(json.dumps(dict(cells=cells)))
+    figures, lines = measure_style.measure([module], [notebook])
+    assert [line.length for line in lines] == [12, 143]
+    assert figures['lines over 120 characters, %'] == figures['lines over 140 characters, %'] == 50
+    assert figures['private functions, %'] == 50 and figures['exported cells without prose, %'] == 50
+    assert figures['tokens a line'] == 2 and figures['tokens of the package'] == 13
+    assert measure_style.name_of(notebook, tmp_path / 'nbs') == measure_style.name_of(module, tmp_path / 'homelab_ft') == 'a'
 
 
 # ---------------------------------------------------------------- import time
@@ -112,9 +129,13 @@ def test_import_is_quick():
     assert best < 0.3, f'python -c "import homelab_ft" takes {best:.2f} s at best'
 
 
-def test_light_rooms_import_nothing_heavy():
-    light = [m for m in house.module_sources(ROOT) if m.split('.')[1] in ('core', 'files', 'plan', 'data', '__init__')]
-    heavy = {'torch', 'transformers', 'datasets', 'pyarrow', 'peft', 'bitsandbytes', 'accelerate', 'matplotlib', 'ipywidgets'}
+LIGHT = ('core', 'config', 'io', 'table', 'hardware', 'data', 'plan', 'api', '__init__')
+TRACERS = ('probe', 'ledger', 'fake_model', 'memory_tracer', 'inductor_memory', 'dry_run', 'torch_internals')     # run in a process of their own
+
+
+def test_light_packages_import_nothing_heavy():
+    light = [m for m in repo.module_sources(ROOT) if m.split('.')[1] in LIGHT and m.split('.')[-1] not in TRACERS]
+    heavy = {'torch', 'transformers', 'datasets', 'pyarrow', 'peft', 'bitsandbytes', 'accelerate', 'matplotlib', 'ipywidgets', 'scipy', 'sklearn'}
     program = 'import importlib, sys\nfor m in {}: importlib.import_module(m.removesuffix(".__init__")); print(m, sorted({} & set(sys.modules)))'
     found = [line for line in run_python(program.format(light, heavy)).splitlines() if not line.endswith('[]')]
     assert not found, found[0]
@@ -174,7 +195,7 @@ def test_readme_rendering():
     picture = {'output_type': 'display_data', 'data': {'image/png': '', 'text/plain': '<Figure>'}}
     made = make_readme.render({'cells': [cell('# T\n\n[a](cli.ipynb) [b](../LICENSE) [c](https://x.y/z) [d](#e)', kind='markdown'), cell('#| hide\nsecret = 1'),
                                          cell('#| echo: false\nunseen()', stream('seen')), cell(['print(1)\n', 'print(2)'], stream(['1 \n']), stream('2'))]})
-    assert '[a](nbs/06_cli.ipynb) [b](LICENSE) [c](https://x.y/z) [d](#e)' in made
+    assert '[a](nbs/cli.ipynb) [b](LICENSE) [c](https://x.y/z) [d](#e)' in made
     assert 'secret' not in made and 'unseen' not in made and 'seen' in made
     assert made.endswith('```python\nprint(1)\nprint(2)\n```\n\n```text\n1\n2\n```\n')
     with pytest.raises(ValueError): make_readme.render({'cells': [cell('plot()', picture)]})
@@ -191,48 +212,25 @@ def test_streams_are_merged_only_with_their_kind():
     assert read_directives('#| echo: false\nx = 1') == ({'echo': 'false'}, 'x = 1')
 
 
-# ---------------------------------------------------------------- style
-
-GOOD_FUNCTION = '#| export\ndef f(\n    a,  # the thing\n):\n    "Does."\n    return a'
-
-
-def test_good_style_passes(): assert house.check_style(code(GOOD_FUNCTION, 'assert f(1)\ntest_eq(f(2), 2)')) == []
-
-
-@pytest.mark.parametrize('source, word', [
-    ('#| export\ndef f(a):\n    "Does."', 'parameter a'), ('#| export\ndef f(\n    a, b,  # both\n):\n    "Does."', 'parameter b'),
-    ('#| export\ndef f(\n    a,\n):\n    "Does."', 'parameter a'), ('#| export\ndef f(\n    *,\n    a,\n):\n    "Does."', 'parameter a'),
-    ('#| export\ndef f(): return 1', 'f has no docstring'), ('#| export\nclass A: x = 1', 'A has no docstring'),
-    ('#| export\nclass A:\n    "An A."\n    def f(self): return 1', 'A.f has no docstring'), ('#| export\nclass A:\n    "An A."\n    def __init__(self, a): self.a = a', 'parameter a'),
-    ('#| export\n' + 'x = 1\n' * 41, '41 lines'), ('#| export\ndef _f():\n' + '    x = 1\n' * 11, '12 lines'.replace('12 lines', 'median')), (GOOD_FUNCTION, '0 assertions')])
-def test_bad_style_is_found(source, word): complains(house.check_style(code(source)), word)
-
-
-def test_sizes():
-    complains(house.check_style(code(*['x'] * 81)), '81 cells')
-    complains(house.check_sizes({'m': 'x\n' * 301}), '301 lines')
-    assert house.check_sizes({'m': 'x\n' * 300}) == []
-
-
 # ---------------------------------------------------------------- site
 
 SETTINGS = {'doc_path': '_docs', 'title': 'T', 'description': 'D', 'doc_host': 'https://a.b', 'doc_baseurl': '/c', 'git_url': 'https://g', 'branch': 'main'}
 SITE = '''project: {type: website, output-dir: _docs}
-website: {title: T, description: D, site-url: https://a.b/c, repo-url: https://g, repo-branch: main, sidebar: {contents: [index.ipynb, {section: Plan, contents: [plan/vram.ipynb]}]}}'''
-FILES = ['index.ipynb', 'plan/memory/07_estimate.ipynb']
+website: {title: T, description: D, site-url: https://a.b/c, repo-url: https://g, repo-branch: main, sidebar: {contents: [index.ipynb, {section: Plan, contents: [plan/cost.ipynb]}]}}'''
+FILES = ['index.ipynb', 'plan/cost.ipynb']
 
 
-def test_good_site_passes(): assert house.check_site(SITE, FILES, SETTINGS) == []
+def test_good_site_passes(): assert repo.check_site(SITE, FILES, SETTINGS) == []
 
 
 def test_bad_sites_are_found():
-    complains(house.check_site(SITE.replace('title: T', 'titel: T'), FILES, SETTINGS), 'website.titel')
-    complains(house.check_site(SITE.replace('output-dir', 'output_dir'), FILES, SETTINGS), 'project.output_dir')
-    complains(house.check_site(SITE.replace('type: website', 'type: book'), FILES, SETTINGS), 'project.type')
-    complains(house.check_site(SITE.replace('title: T', 'title: U'), FILES, SETTINGS), 'website.title')
-    complains(house.check_site(SITE, FILES[:1], SETTINGS), 'plan/vram.ipynb, which does not exist')
-    complains(house.check_site(SITE, FILES + ['06_cli.ipynb'], SETTINGS), 'cli.ipynb is not in the sidebar')
-    complains(house.check_site(SITE.replace('[plan/vram.ipynb]', '[plan/vram.ipynb, index.ipynb]'), FILES, SETTINGS), 'twice')
+    complains(repo.check_site(SITE.replace('title: T', 'titel: T'), FILES, SETTINGS), 'website.titel')
+    complains(repo.check_site(SITE.replace('output-dir', 'output_dir'), FILES, SETTINGS), 'project.output_dir')
+    complains(repo.check_site(SITE.replace('type: website', 'type: book'), FILES, SETTINGS), 'project.type')
+    complains(repo.check_site(SITE.replace('title: T', 'title: U'), FILES, SETTINGS), 'website.title')
+    complains(repo.check_site(SITE, FILES[:1], SETTINGS), 'plan/cost.ipynb, which does not exist')
+    complains(repo.check_site(SITE, FILES + ['cli.ipynb'], SETTINGS), 'cli.ipynb is not in the sidebar')
+    complains(repo.check_site(SITE.replace('[plan/cost.ipynb]', '[plan/cost.ipynb, index.ipynb]'), FILES, SETTINGS), 'twice')
 
 
 def test_nbs_includes_the_site():
@@ -245,24 +243,24 @@ def test_nbs_includes_the_site():
 
 def test_dependencies_need_reasons():
     settings, rows = {'requirements': 'torch>=2 x-y', 'dev_requirements': 'nbdev==2'}, '| `torch` | it makes tensors | a |\n| `x-y` | | b |\n| `old` | was here once | c |'
-    complaints = house.check_dependencies(settings, rows)
+    complaints = repo.check_dependencies(settings, rows)
     assert [c.split()[0] for c in complaints] == ['nbdev', 'x-y', 'the'] and 'old' in complaints[-1]
 
 
 @pytest.mark.parametrize('line', ['see /' + 'root/x', '/' + 'home/me', '/' + 'work/main', 'file' + ':///x', '/' + 'tmp/tmpab12', 'https://py' + 'pi.org/simple', '--extra' + '-index-url'])
-def test_stray_paths_are_found(line): assert house.check_stray({'a.md': f'fine\n{line}'})[0].startswith('a.md:2: ')
+def test_stray_paths_are_found(line): assert repo.check_stray({'a.md': f'fine\n{line}'})[0].startswith('a.md:2: ')
 
 
-def test_ordinary_paths_pass(): assert house.check_stray({'a.md': 'homework/main /tmp/x ~/runs https://github.com/homelab-ft'}) == []
+def test_ordinary_paths_pass(): assert repo.check_stray({'a.md': 'homework/main /tmp/x ~/runs https://github.com/homelab-ft'}) == []
 
 
 def test_constraints_are_exact_and_cover_what_is_required():
     lines = (ROOT / 'constraints.txt').read_text(encoding='utf-8').splitlines()
     pins = [line for line in lines if line and not line.startswith('#')]
     assert not [p for p in pins if not re.fullmatch(r'[\w.-]+==[\w.]+', p)]
-    settings, normal = house.read_settings(ROOT), lambda name: re.sub(r'[-_.]+', '-', name).lower()
+    settings, normal = repo.read_settings(ROOT), lambda name: re.sub(r'[-_.]+', '-', name).lower()
     pinned = {normal(p.split('==')[0]) for p in pins}
-    needed = house.required_names({k: settings[k] for k in ('requirements', 'dev_requirements')})
+    needed = repo.required_names({k: settings[k] for k in ('requirements', 'dev_requirements')})
     assert not [n for n in needed if normal(n) not in pinned]
 
 
