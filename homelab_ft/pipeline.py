@@ -27,7 +27,7 @@ from .table import Table
 from .io import append_jsonl, now
 from .plan.cost import Projection, pilot_table
 from .hardware.machine import check_disk, check_writable, detect_machine
-from .plan.memory.overhead import correction_for
+from .plan.memory.overhead import overhead_offset_for
 from .plan.model_shape import model_shape
 from .plan.memory.estimate import estimate_for, verdict
 from .train.launcher import follow, start
@@ -90,7 +90,7 @@ def plan_run(
     pairs = dict(per_device_train_batch_size=config.per_device_train_batch_size * (2 if config.objective == 'dpo' else 1))     # both answers go through together
     length, share = _worst_batch(config.model_copy(update=pairs), cache) if cache and not config.packing else (config.max_length, 1.0)
     bounded = config.model_copy(update=dict(max_length=length, device=machine.device if config.device == 'auto' else config.device))
-    predicted = estimate_for(bounded, model_shape(model_path(config.model)), share, machine.total_bytes, margin=0, correction=correction_for(machine.gpu_name))
+    predicted = estimate_for(bounded, model_shape(model_path(config.model)), share, machine.total_bytes, margin=0, overhead_offset=overhead_offset_for(machine.gpu_name))
     if predicted.fits(machine.total_bytes, margin=0): return predicted, machine
     raise HardwareError('this run does not fit', value=verdict(predicted, machine.total_bytes, margin=0),
                         next_step='set method=qlora, gradient_checkpointing=true, or a smaller per_device_train_batch_size or max_length')

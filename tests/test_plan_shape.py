@@ -223,7 +223,7 @@ def test_the_statement_has_the_numbers(name):
 @pytest.mark.parametrize('name', MIXTURES)
 def test_mixtures_are_not_planned(name):
     shape = model_shape(name)
-    for refused in (lambda: estimate(shape), lambda: estimate(shape, 'full', length=128), lambda: layer_bytes(shape, 'lora', 128), shape.reject_moe):
+    for refused in (lambda: estimate(shape), lambda: estimate(shape, method='full', length=128), lambda: layer_bytes(shape, 'lora', 128), shape.reject_moe):
         with pytest.raises(ModelError, match='mixture of experts'): refused()
     assert weight_bytes(shape, 'lora') == 2 * shape.n_params        # the weights alone can be counted
     assert weight_bytes(shape, 'qlora') > 2 * (shape.n_params - shape.num_hidden_layers * shape.linear_params)

@@ -48,7 +48,7 @@ def test_cases_differ_and_are_single_configurations(cliff, cases):
         config = make_config(**settings)            # raises for what cannot be
         assert config.max_length <= model_shape(config.model).max_position_embeddings
         fast = settings['method'] != 'full' and settings.get('padding_free') is not False
-        assert (cliff.need(settings, limit)['step'] == 'fast') == fast
+        assert (cliff.need(settings, limit)['step'] == 'packed') == fast
         assert not fast or config.max_length * config.per_device_train_batch_size % 256 == 0      # else the pass would be larger than what is predicted
         assert settings['method'] != 'qlora' or config.torch_compile is False
 
@@ -57,7 +57,7 @@ def test_what_is_compared_is_the_process_less_context_and_libraries(cliff, cases
     from homelab_ft.plan.memory.overhead import process_bytes
     from homelab_ft.plan.memory.estimate import estimate
     settings, limit = next((s, l) for s, l in cases if s['method'] == 'qlora' and not s['gradient_checkpointing'])
-    est = estimate(model_shape(settings['model']), 'qlora', batch_size=settings['per_device_train_batch_size'], length=settings['max_length'], torch_compile=False)
+    est = estimate(model_shape(settings['model']), method='qlora', batch_size=settings['per_device_train_batch_size'], length=settings['max_length'], torch_compile=False)
     assert cliff.need(settings, limit)['reserved'] == est.peak - process_bytes(0, est.policies, True, False) > est.allocated
 
 
@@ -73,7 +73,7 @@ def trained(cliff, settings, limit, **paths):
     config, n = make_config(**settings), model_shape(settings['model']).num_hidden_layers
     kept = {'layer' if config.gradient_checkpointing else 'none': n}
     given = dict(rows='on', graph='on', compile='switched off' if config.torch_compile is False else 'on', recompute=kept)
-    if cliff.need(settings, limit)['step'] != 'fast': given = dict(rows='switched off', recompute=kept if config.gradient_checkpointing else {})
+    if cliff.need(settings, limit)['step'] != 'packed': given = dict(rows='switched off', recompute=kept if config.gradient_checkpointing else {})
     return dict(settings=settings, limit_gib=limit, paths=given | paths, chunk=cliff.chunk(config, limit), reserved=GiB)
 
 
