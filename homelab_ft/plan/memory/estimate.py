@@ -114,9 +114,9 @@ def check_length(
 ):
     "`ConfigError` for sequences that the model cannot take."
     longest = shape.max_position_embeddings
-    if not 1 <= length <= longest:
-        raise ConfigError('length is beyond what the model knows', value=length, allowed=f'1 to {longest} tokens',
-                          next_step='shorten it')
+    if 1 <= length <= longest: return
+    what = 'length is too small' if length < 1 else 'length is beyond what the model knows'
+    raise ConfigError(what, value=length, allowed=f'at least 1, at most {longest} tokens', next_step='set another length')
 
 def resolve(
     shape: ModelShape,      # from `model_shape`
