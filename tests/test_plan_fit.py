@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from homelab_ft.core import ConfigError, GiB, HomelabError, ModelError
 from homelab_ft.config import make_config
-from homelab_ft.hardware.gpu_catalog import find_gpu, limit_bytes, read_gpus
+from homelab_ft.hardware.gpu_catalog import find_gpu, read_gpus
 from homelab_ft.plan.remedies import explain, remedies
 from homelab_ft.plan.autoconfigure import OPEN, Choice, choices_table, fit, autoconfigure
 from homelab_ft.plan.limits import _frontier, largest, length_batch_map, plot_map
@@ -138,7 +138,7 @@ def test_speed_and_hours_are_those_of_the_page():
     c = fit(card, shape, lengths, 2, epochs=3, method='qlora', packing=False)[0]
     assert c.tokens_per_second == pytest.approx(tokens_per_second(card, shape, 1500 * c.per_device_train_batch_size, 'qlora', policies=c.policies, lengths=lengths))
     assert c.hours == pytest.approx(3 * 3000 / c.tokens_per_second / 3600)
-    assert all(c.tokens_per_second is None and c.hours is None for c in fit(limit_bytes(card), shape, lengths))
+    assert all(c.tokens_per_second is None and c.hours is None for c in fit(card.limit_bytes, shape, lengths))
     assert fit(card, shape, 1500, method='qlora')[0].hours is None and fit(card, shape, 1500, tokens=1e6, method='qlora')[0].hours > 0
 
 

@@ -71,7 +71,7 @@ def traced(settings, drawn):
     size = round_up(config.per_device_train_batch_size * config.max_length, BUCKET_SIZE)
     shape = (size, min(size, drawn['learned']), max(8, config.per_device_train_batch_size + 4)) if drawn['learned'] else ()
     found = trace(config, policies=drawn['policies'], shape=shape, whole=plain(settings))
-    return dict(allocated=found.allocated, process=found.process, phase=found.phase, rows=found.paths['rows'], seconds=found.seconds)
+    return dict(allocated=found.allocated, process=found.process, phase=found.phase, rows='on' if (packed := found.features['packed'])['on'] else packed['reason'], seconds=found.seconds)
 
 
 def apart(row, kind):
