@@ -120,8 +120,8 @@ def _cmd_plan(
     if args.json: print(plan_json(config, name, limit, est))
     else: print(*about, plan_text(est, limit), sep='\n\n')
     if args.pilot:
-        from homelab_ft.pipeline import pilot
-        print(f'\n{pilot(config)}')
+        from homelab_ft.pipeline import project_from_first_steps
+        print(f'\n{project_from_first_steps(config)}')
     return 0 if est.fits(limit) else 3
 
 # %% ../nbs/06_cli.ipynb #03fa7e06

@@ -14,7 +14,7 @@ import numpy as np
 from ..core import ConfigError, fmt_duration, fmt_gib
 from ..config import RunConfig
 from ..table import Table
-from ..hardware.gpu_catalog import Gpu, find_gpu, limit_bytes
+from ..hardware.gpu_catalog import Gpu, find_gpu
 from .search import Question, divisions, packings
 from ..hardware.machine import detect_machine
 from ..hardware.gpu import live_gpu
@@ -34,7 +34,7 @@ def _room(
 ) -> tuple:          # (bytes that a plan may count on, the card or None)
     "The limit to plan for."
     card = find_gpu(where) if isinstance(where, str) else where if isinstance(where, Gpu) else None
-    limit = limit_bytes(card) if card else where
+    limit = card.limit_bytes if card else where
     _check_numbers(False, limit_bytes=limit)
     return limit, card
 

@@ -10,7 +10,7 @@ import json
 
 from ..core import ConfigError, GiB, fmt_gib
 from ..config import RunConfig
-from ..hardware.gpu_catalog import gpu_name_of, find_gpu, limit_bytes
+from ..hardware.gpu_catalog import machine_gpu, find_gpu
 from ..hardware.machine import detect_machine
 from ..hardware.gpu import live_gpu
 from .memory.estimate import estimate_table, verdict
@@ -20,7 +20,7 @@ def this_card() -> tuple:    # (what it is, bytes that a run may take, device, w
     "The card in this machine."
     machine, live = detect_machine(), live_gpu()
     limit = live and live.usable_bytes or machine.total_bytes
-    return machine.gpu_name or machine.cpu_name, limit, machine.device, [machine, *([live] if live else [])], gpu_name_of(machine)
+    return machine.gpu_name or machine.cpu_name, limit, machine.device, [machine, *([live] if live else [])], machine_gpu(machine)
 
 # %% ../../nbs/plan/09_summary.ipynb #4b75c7f9
 def planned_card(
@@ -30,7 +30,7 @@ def planned_card(
     "The card that is asked for, or the one in this machine; `ConfigError` for one that cannot be."
     if gpu is not None:
         card = find_gpu(gpu)
-        return card.id, limit_bytes(card), 'auto', [card], card
+        return card.id, card.limit_bytes, 'auto', [card], card
     if gib is None: return this_card()
     if not gib > 0: raise ConfigError('--gib is no amount of memory', value=gib, allowed='more than 0', next_step='for example --gib 12')
     return f'{gib:g} GiB', round(gib * GiB), 'auto', [], None
