@@ -21,7 +21,7 @@ from ..plan.remedies import explain
 from ..hardware.machine import detect_machine
 from ..plan.limits import _frontier, length_batch_map
 from ..plan.model_shape import KNOWN
-from ..hardware.gpu_catalog import find_gpu, limit_bytes, read_gpus
+from ..hardware.gpu_catalog import find_gpu, read_gpus
 from ..plan.memory.estimate import METHODS, OPTIMIZER_BYTES, PART_COLORS, PART_LABELS, MemoryEstimate, estimate, estimate_with_checkpointing, model_shape, verdict
 from ..plan.summary import about_step
 
@@ -49,7 +49,7 @@ def card_bytes(
     "Memory that a plan may count on; `ConfigError` for a card that is not known."
     number, _, unit = card.partition(' ')
     if unit == 'GiB' and number.replace('.', '', 1).isdigit(): return round(float(number) * GiB)
-    return limit_bytes(find_gpu(card, cards=_cards()))
+    return find_gpu(card, gpus=_cards()).limit_bytes
 
 def _asked(
     state: PlannerState,     # what the controls say
