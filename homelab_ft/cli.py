@@ -104,24 +104,24 @@ def _cmd_plan(
     from homelab_ft.plan.model_shape import model_shape
     from homelab_ft.plan.summary import plan_json, plan_text, planned_card
     from homelab_ft.plan.autoconfigure import autoconfigure
-    from homelab_ft.plan.memory.overhead import correction_for
+    from homelab_ft.plan.memory.overhead import overhead_offset_for
     from homelab_ft.plan.memory.estimate import estimate_for
     config = read_settings(args)
     name, limit, device, about, card = planned_card(args.gpu, args.gib)
     if config.device == 'auto': config.device = device
     if args.fit: return _print_fit(config, card or limit)
-    correction = correction_for(name)
+    correction = overhead_offset_for(name)
     config, choice = autoconfigure(config, None, limit, correction)
     if correction: about.append(f'Corrected by a probe of this card: {correction / 2**20:+.0f} MiB.')
     if choice: about.append(f'Chosen, as a run would: {choice}')
     if args.probe: return _probe(config)
-    est = estimate_for(config, model_shape(config.model), limit_bytes=limit, correction=correction)
-    if args.trace or config.use_dora and est.step != 'fast' and not args.json: return _print_trace(config, limit, about, correction)      # no formula for DoRA in padded rows
+    est = estimate_for(config, model_shape(config.model), limit_bytes=limit, overhead_offset=correction)
+    if args.trace or config.use_dora and est.step != 'packed' and not args.json: return _print_trace(config, limit, about, correction)      # no formula for DoRA in padded rows
     if args.json: print(plan_json(config, name, limit, est))
     else: print(*about, plan_text(est, limit), sep='\n\n')
     if args.pilot:
-        from homelab_ft.pipeline import pilot
-        print(f'\n{pilot(config)}')
+        from homelab_ft.pipeline import project_from_first_steps
+        print(f'\n{project_from_first_steps(config)}')
     return 0 if est.fits(limit) else 3
 
 # %% ../nbs/06_cli.ipynb #03fa7e06

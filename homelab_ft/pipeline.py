@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUICKSTART', 'quickstart_config', 'check_inputs', 'plan_run', 'new_run', 'finish', 'train_here', 'run_journey',
-           'resume_journey', 'pilot', 'summary_table']
+           'resume_journey', 'project_from_first_steps', 'summary_table']
 
 # %% ../nbs/05_pipeline.ipynb #a2704562
 import json, os, shutil, signal, tempfile, threading, time
@@ -25,9 +25,9 @@ from .deploy.report import cost_table, write_report
 from .evaluate.compare import compare, load_evaluation
 from .table import Table
 from .io import append_jsonl, now
-from .plan.cost import Projection, pilot_table
+from .train.projection import Projection
 from .hardware.machine import check_disk, check_writable, detect_machine
-from .plan.memory.overhead import correction_for
+from .plan.memory.overhead import overhead_offset_for
 from .plan.model_shape import model_shape
 from .plan.memory.estimate import estimate_for, verdict
 from .train.launcher import follow, start
@@ -90,7 +90,7 @@ def plan_run(
     pairs = dict(per_device_train_batch_size=config.per_device_train_batch_size * (2 if config.objective == 'dpo' else 1))     # both answers go through together
     length, share = _worst_batch(config.model_copy(update=pairs), cache) if cache and not config.packing else (config.max_length, 1.0)
     bounded = config.model_copy(update=dict(max_length=length, device=machine.device if config.device == 'auto' else config.device))
-    predicted = estimate_for(bounded, model_shape(model_path(config.model)), share, machine.total_bytes, margin=0, correction=correction_for(machine.gpu_name))
+    predicted = estimate_for(bounded, model_shape(model_path(config.model)), share, machine.total_bytes, margin=0, overhead_offset=overhead_offset_for(machine.gpu_name))
     if predicted.fits(machine.total_bytes, margin=0): return predicted, machine
     raise HardwareError('this run does not fit', value=verdict(predicted, machine.total_bytes, margin=0),
                         next_step='set method=qlora, gradient_checkpointing=true, or a smaller per_device_train_batch_size or max_length')
@@ -229,19 +229,19 @@ def _first_event(
     return next((e for e in events(run) if e['event'] == name), None)
 
 # %% ../nbs/05_pipeline.ipynb #b3cd301e
-def pilot(
+def project_from_first_steps(
     config: RunConfig,   # the settings of the run to come
 ) -> Table:
     "Time, energy and cost of the whole run, projected from its first steps; `RunError` if it ends before there are enough."
     with tempfile.TemporaryDirectory() as folder:
-        run = new_run(config.model_copy(update={'runs_dir': folder, 'run_name': 'pilot', 'max_minutes': None}), say=lambda line: None)
+        run = new_run(config.model_copy(update={'runs_dir': folder, 'run_name': 'projection', 'max_minutes': None}), say=lambda line: None)
         process = start(run)
-        while process.poll() is None and not _first_event(run, 'pilot'): time.sleep(0.1)
+        while process.poll() is None and not _first_event(run, 'projection'): time.sleep(0.1)
         if status(run).state == 'running': send(run, 'stop')
         process.wait()
-        seen = _first_event(run, 'pilot')
-    if not seen: raise RunError('the run is too short for a pilot', allowed='at least five steps', next_step='run it: it takes moments')
-    return pilot_table(Projection(**{k: v for k, v in seen.items() if k not in ('time', 'event')}))
+        seen = _first_event(run, 'projection')
+    if not seen: raise RunError('the run is too short for a projection', allowed='at least five steps', next_step='run it: it takes moments')
+    return Projection(**{k: v for k, v in seen.items() if k not in ('time', 'event')})
 
 # %% ../nbs/05_pipeline.ipynb #af6746fc
 def summary_table(
