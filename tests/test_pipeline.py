@@ -65,7 +65,7 @@ def test_a_run_leaves_everything(whole):
 def test_same_seed_same_numbers(whole, tmp_path):
     again = run_pipeline(quickstart_config(tmp_path, **SMALL, run_name='again', runs_dir=str(tmp_path / 'runs')), log=lambda line: None)
     assert losses(again) == losses(whole)
-    values = [[(m['name'], m['base'], m['tuned']) for m in json.loads(r.evaluation_path.read_text())['measures']] for r in (whole, again)]
+    values = [[(m['name'], m['base'], m['fine_tuned']) for m in json.loads(r.evaluation_path.read_text())['metrics']] for r in (whole, again)]
     assert values[0] == values[1]
 
 

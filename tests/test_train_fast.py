@@ -12,7 +12,8 @@ from homelab_ft.config import make_config
 from homelab_ft.data.tokenize import make_cache, save_cache
 from homelab_ft.io import read_jsonl
 from homelab_ft.train.engine import autotune as fast, memory_budget as fit
-from homelab_ft.train import trainer as training, schedule as steps
+from homelab_ft.train.engine.features import Feature
+from homelab_ft.train import trainer as training
 from homelab_ft.train.engine.padded import PaddedStep
 from homelab_ft.train.engine.autotune import prepare
 from homelab_ft.train.engine.memory_budget import StepOptions
@@ -57,8 +58,8 @@ def test_parity_of_a_step_with_the_plain_one(kind, smoothing):
     model, cache, micro = adapted(MODELS[kind]()), rows(), [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13]]
     plain = gradient(PaddedStep(model, 'plain', label_smoothing=smoothing), cache, micro)
     step = prepare(model, StepOptions(longest=40, budget=90, grain=16, label_smoothing=smoothing))
-    assert isinstance(step, PackedStep), step.paths
-    assert apart(gradient(step, cache, micro), plain) < 1e-5 and step.paths['lora'] == 'on'
+    assert isinstance(step, PackedStep), step.features
+    assert apart(gradient(step, cache, micro), plain) < 1e-5 and step.features.fused_lora.on
     for policies in (['layer'] * 3, ['mlp'] * 3, ['none', 'mlp', 'offload']):
         step.apply_policies(policies)
         assert apart(gradient(step, cache, micro), plain) < 1e-5
@@ -73,7 +74,7 @@ def test_parity_with_every_kind_of_adapter(settings):
     plain = gradient(PaddedStep(model, 'plain'), cache, micro)
     step = prepare(model, StepOptions(longest=40, budget=90, grain=16))
     assert apart(gradient(step, cache, micro), plain) < 1e-5
-    assert (step.paths['lora'] == 'on') == ('use_rslora' in settings)
+    assert (step.features.fused_lora.on) == ('use_rslora' in settings)
 
 
 def test_parity_in_bfloat16_is_no_further_from_float32_than_the_plain_step():
@@ -88,7 +89,7 @@ def test_parity_in_bfloat16_is_no_further_from_float32_than_the_plain_step():
         if p.requires_grad: p.data = p.data.float()
     plain = gradient(PaddedStep(half, 'plain'), cache, micro)
     step = prepare(half, StepOptions(longest=40, budget=400, grain=16))
-    assert step.paths['lora'] == 'on' and apart(gradient(step, cache, micro), exact) <= 1.1 * apart(plain, exact)
+    assert step.features.fused_lora.on and apart(gradient(step, cache, micro), exact) <= 1.1 * apart(plain, exact)
 
 
 def four_bits(folder, dtype, device='cpu'):
@@ -108,13 +109,13 @@ def test_parity_of_merged_matrices_that_are_held(tmp_path):
     plain = gradient(PaddedStep(model, 'plain'), cache, micro)
     step = prepare(model, StepOptions(longest=40, budget=400, grain=16))
     for room, held in ((0, 0), (2**17, 1), (2**30, 3)):         # a layer takes 36,864 values of 2 bytes
-        assert step.copies.hold(step.layers, room) == held
+        assert step.copies.cache_merged_weights(step.layers, room) == held
         assert apart(gradient(step, cache, micro), exact) <= 1.1 * apart(plain, exact)
     before = gradient(step, cache, micro)
     with torch.no_grad():
         for p in step.parameters: p.mul_(1.5)
     changed = gradient(step, cache, micro)                      # a step brings what is held up to date
-    step.copies.hold(step.layers, 0)
+    step.copies.cache_merged_weights(step.layers, 0)
     assert apart(changed, before) > 0.1 and apart(changed, gradient(step, cache, micro)) < 0.03
     step.restore()
     assert not any(hasattr(m, '_held') for m in model.modules())
@@ -147,7 +148,7 @@ def test_a_pass_that_fits_in_no_way_is_refused_with_advice(monkeypatch, gib, sai
     monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda: 0)
     with pytest.raises(HardwareError, match='cannot hold one pass') as e: fast._fit(step, None)
     assert 'per_device_train_batch_size' in str(e.value) and e.value.value == said
-    assert next(tries, None) is None and step.paths['recompute'] == {'offload': 3}       # two policies, the same without the table, then the last
+    assert next(tries, None) is None and step.features.policies == {'offload': 3}       # two policies, the same without the table, then the last
 
 
 def test_compilation_that_fails_or_lies_is_left_out(monkeypatch):
@@ -159,12 +160,12 @@ def test_compilation_that_fails_or_lies_is_left_out(monkeypatch):
     once = lambda: step.accumulate(cache, [[0, 1, 2]])[0]
     monkeypatch.setattr(fast.recompute, 'compiled', lambda layers: lambda layer, h, *a, **k: type(layer).forward(layer, h * 0.5, *a, **k))
     fast._compiled_fit(step, once)
-    assert 'away from the plain one' in step.paths['compile'] and step.run is None and len(estimate_with_checkpointing) == 2
+    assert 'away from the plain one' in step.features.compile.reason and step.run is None and len(estimate_with_checkpointing) == 2
     def unsupported(*_, **__): raise torch._dynamo.exc.Unsupported('no such thing\nmore')
     monkeypatch.setattr(fast.recompute, 'compiled', lambda layers: unsupported)
     monkeypatch.setattr(fast, '_fit', lambda step, once: (step.apply_policies(['none'] * 3), once()))
     fast._compiled_fit(step, once)
-    assert step.paths['compile'] == 'no such thing' and step.run is None
+    assert step.features.compile == Feature(False, 'no such thing') and step.run is None
 
 
 @pytest.mark.parametrize('vocab', [1000, 15_000])
@@ -190,13 +191,13 @@ def test_the_embedding_table_leaves_before_the_inputs_of_layers(monkeypatch):
     table, taken = weight.detach().clone(), []
     def peak(once):
         once()
-        taken.append((dict(step.paths['recompute']), weight.untyped_storage().nbytes()))
+        taken.append((dict(step.features.policies), weight.untyped_storage().nbytes()))
         return 2**20 - (step.table is not None)
     monkeypatch.setattr(fit, 'memory_limit', lambda *_: 2**20 - 1)
     monkeypatch.setattr(fit, 'peak_bytes', peak)
     monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda: 0)
     fast._fit(step, lambda: step.backward(*next(step.passes(cache, [0, 1]))))
-    assert step.paths['table'] == 'in host memory' and step.paths['peak_bytes'] == 2**20 - 1
+    assert step.features.embedding_offload.on and step.features.peak_bytes == 2**20 - 1
     assert [t[0] for t in taken] == [{'none': 3}, {'layer': 3}, {'none': 3}] and taken[1][1] == table.nbytes and taken[2][1] == 4
     assert apart(gradient(step, cache, [[0, 1]]), plain) < 1e-6
     step.restore()
@@ -217,11 +218,11 @@ def test_a_pass_that_breaks_off_leaves_no_gradient_anywhere(monkeypatch):
     step.accumulate(cache, [[0, 1]])
     assert all(p.grad is not None for p in step.parameters)
     def full():
-        assert any(t.grad is not None for t in step.copies.thin)
+        assert any(t.grad is not None for t in step.copies.casts)
         raise torch.OutOfMemoryError('a card that is full')
-    monkeypatch.setattr(step.copies, 'collect', full)
+    monkeypatch.setattr(step.copies, 'unscale_into_master_grads', full)
     with pytest.raises(torch.OutOfMemoryError): step.backward(*next(step.passes(cache, [0, 1])))
-    assert all(x.grad is None for x in step.parameters + step.copies.thin)
+    assert all(x.grad is None for x in step.parameters + step.copies.casts)
 
 
 def test_a_step_is_taken_again_when_the_error_holds_on_to_nothing(monkeypatch):
@@ -246,7 +247,7 @@ def test_a_full_card_gives_up_speed_first_and_what_layers_keep_only_then(monkeyp
     step.lane, step.graphs = 'where passes are recorded', {'a shape': 'a recording'}
     whole = step.one_pass
     def full_twice(*given):
-        seen.append((step.lane, dict(step.paths['recompute'])))
+        seen.append((step.lane, dict(step.features.policies)))
         if len(seen) < 3: raise torch.OutOfMemoryError('a card that is full')
         return whole(*given)
     monkeypatch.setattr(step, 'one_pass', full_twice)
@@ -317,18 +318,18 @@ def run_with(tmp_path, folder, name, **settings):
 
 def test_parity_of_whole_runs_with_fast_paths_on_and_off(tmp_path, folder):
     plain, paths, _ = run_with(tmp_path, folder, 'plain')
-    assert paths['rows'] == 'float32 on cpu'
+    assert paths['packed'] == dict(on=False, reason='float32 on cpu')
     quick, paths, _ = run_with(tmp_path, folder, 'fast', padding_free=True)
-    assert (paths['rows'], paths['lora'], paths['compile']) == ('on', 'on', 'no card')
+    assert [paths[k]['on'] for k in ('packed', 'fused_lora', 'compile')] == [True, True, False] and paths['compile']['reason'] == 'no GPU'
     assert np.abs(np.array(plain) - quick).max() < 1e-4 and len(plain) == 14
     again, paths, _ = run_with(tmp_path, folder, 'recomputed', padding_free=True, gradient_checkpointing=True)
-    assert paths['recompute'] == {'layer': 3} and np.abs(np.array(plain) - again).max() < 1e-4
+    assert paths['policies'] == {'layer': 3} and np.abs(np.array(plain) - again).max() < 1e-4
 
 
 def test_packed_runs_count_packed_rows(tmp_path, folder):
     losses, paths, run = run_with(tmp_path, folder, 'packed', packing=True, max_steps=0, num_train_epochs=2)
     n = -(-status(run).total_steps // 2)
-    assert paths['rows'] == 'on' and status(run).state == 'finished' and n * 8 * 64 >= rows(60).lengths.sum() > (n - 1) * 8 * 64 * 0.8
+    assert paths['packed']['on'] and status(run).state == 'finished' and n * 8 * 64 >= rows(60).lengths.sum() > (n - 1) * 8 * 64 * 0.8
     assert np.isfinite(losses).all()
 
 
@@ -357,12 +358,12 @@ def test_parity_on_a_card_with_everything_on(method, tmp_path):
     exact, model = gradient(PaddedStep(loaded('float32'), 'exact'), cache, micro), loaded('bfloat16')
     plain = gradient(PaddedStep(model, 'plain'), cache, micro)
     step = prepare(model, StepOptions(longest=40, budget=256, grain=64))
-    assert [step.paths[k] for k in ('rows', 'lora', 'loss', 'compile', 'graph')] == ['on'] * 5
+    assert all(getattr(step.features, k).on for k in ('packed', 'fused_lora', 'chunked_loss', 'compile', 'cuda_graph'))
     step.zero_grad()
     total, _ = step.accumulate(cache, micro)
     found = float(total), torch.cat([p.grad.reshape(-1) for p in step.parameters]).cpu()
     assert apart(found, plain) < 0.06 and apart(found, exact) <= 1.1 * apart(plain, exact)
-    assert (step.paths['held'] == len(step.layers)) == (method == 'qlora')      # a card has room for so small a model
+    assert (step.features.merged_layers == len(step.layers)) == (method == 'qlora')      # a card has room for so small a model
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no card')
@@ -374,13 +375,13 @@ def test_the_host_does_not_wait_for_the_card_within_a_step(tmp_path, settings):
         if p.requires_grad: p.data = p.data.float()
     config = make_config(run_name='r', per_device_train_batch_size=2, max_length=64, packing=True, torch_compile=False, **settings)
     engine = fast.build_step(model, config, cache, 'cuda', 'bfloat16')
-    job = steps.TrainerContext(create_run(config, tmp_path), config, model, engine, steps.make_optimizer(model, config), cache, None, steps.State(total_steps=20, peak=1e-3), None)
-    for _ in range(4): steps.train_step(job)          # AdamW's states come into being
+    job = training.TrainerContext(create_run(config, tmp_path), config, model, engine, training.make_optimizer(model, config), cache, None, training.TrainState(total_steps=20, peak_lr=1e-3), None)
+    for _ in range(4): training.train_step(job)          # AdamW's states come into being
     torch.cuda.set_sync_debug_mode('error')
     try:
-        for _ in range(3): steps.train_step(job)
+        for _ in range(3): training.train_step(job)
     finally: torch.cuda.set_sync_debug_mode('default')
-    assert len(job.pending) == 1 and engine.paths['graph'] == ('switched off' if settings else 'on')
-    steps.read_losses(job, 0)
+    assert len(job.pending) == 1 and engine.features.cuda_graph == (Feature(False, 'switched off') if settings else Feature(True))
+    training.read_losses(job, 0)
     losses = [r['loss'] for r in read_jsonl(job.run.metrics_path)]
     assert len(losses) == 7 and all(0 < x < 10 for x in losses)

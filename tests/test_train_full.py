@@ -9,7 +9,7 @@ from homelab_ft.config import make_config
 from homelab_ft.data.chat_template import load_tokenizer
 from homelab_ft.data.tokenize import load_cache
 from homelab_ft.deploy.chat import load_chat
-from homelab_ft.evaluate.compare import held_out_rows, load_evaluation
+from homelab_ft.evaluate.compare import load_evaluation, load_evaluation_data
 from homelab_ft.evaluate.likelihood import sequence_nll
 from homelab_ft.pipeline import check_inputs, new_run, plan_run, quickstart_config, resume_pipeline, run_pipeline
 from homelab_ft.train.checkpoint import checkpoints
@@ -20,7 +20,7 @@ from homelab_ft.train.full_finetuning import all_weights, fill_folder, load_full
 from homelab_ft.train.engine.ops.chunked_loss import chunk_size
 from homelab_ft.train.lora import attach, load_adapter, set_adapter
 from homelab_ft.train.base_model import load_base
-from homelab_ft.train.trainer import _engine
+from homelab_ft.train.engine.autotune import build_step
 from homelab_ft.train.run_folder import RunFolder, events, history, status
 from homelab_ft.train.engine.full import FullStep, full_step
 
@@ -54,11 +54,11 @@ def test_the_loss_falls(whole):
 
 def test_base_and_tuned_are_what_the_evaluation_says(whole):
     result, config = load_evaluation(whole), whole.config()
-    cache = held_out_rows(whole, config)[0]
-    for model, said in ((load_base('embedded', 'full'), result['NLL per token'].base), (load_base(str(whole.adapter_path), 'full'), result['NLL per token'].tuned)):
+    cache = load_evaluation_data(whole, config).cache
+    for model, said in ((load_base('embedded', 'full'), result['NLL per token'].base), (load_base(str(whole.adapter_path), 'full'), result['NLL per token'].fine_tuned)):
         nll, tokens = sequence_nll(model, cache, progress=False)
         assert abs(nll.sum() / tokens.sum() - said) < 1e-6
-    assert result['NLL per token'].gain > 0.1 and result['accuracy'].rows == 16
+    assert result['NLL per token'].gain > 0.1 and result['accuracy'].n_examples == 16
 
 def test_tied_weights_stay_tied(whole):
     tuned = load_adapter(load_base('embedded', 'full'), whole.adapter_path)
@@ -114,9 +114,9 @@ def test_bfloat16_rounds_the_multiplications_and_not_the_weights(whole):
 
 def test_a_card_takes_the_plain_step_too():
     config = make_config(method='full', dtype='bfloat16', label_smoothing_factor=0.1)
-    engine = _engine(attach(load_base('embedded', 'full'), config, 'bfloat16'), config, None, 'cuda', 'bfloat16')       # as on a card; nothing is computed here
-    assert isinstance(engine, PaddedStep) and (engine.paths['rows'], engine.paths['loss'], engine.label_smoothing) == ('all weights learn', 'on', 0.1)
-    assert type(engine) is FullStep and type(_engine(engine.model, config, None, 'cpu', 'bfloat16')) is PaddedStep
+    engine = build_step(attach(load_base('embedded', 'full'), config, 'bfloat16'), config, None, 'cuda', 'bfloat16')       # as on a card; nothing is computed here
+    assert isinstance(engine, PaddedStep) and (engine.features.packed.reason, engine.features.chunked_loss.on, engine.label_smoothing) == ('all weights learn', True, 0.1)
+    assert type(engine) is FullStep and type(build_step(engine.model, config, None, 'cpu', 'bfloat16')) is PaddedStep
 
 def whole_gradient(model, cache, lean, **how):
     "Loss and gradient of all weights over two passes, in float32."
@@ -148,23 +148,23 @@ def test_an_odd_head_keeps_full_logits():
     model = attach(load_base('embedded', 'full'), make_config(method='full'))
     model.config.logit_scale = 2.
     step = full_step(model)
-    assert type(step) is PaddedStep and 'loss' not in step.paths
+    assert type(step) is PaddedStep and not step.features.chunked_loss.on
 
 def test_whole_models_have_no_full_logits_on_a_card():
     "Rehearsed without one: three quarters of what the logits of all positions took are gone."
     config = make_config(model='SmolLM2-135M', method='full', max_length=2048, per_device_train_batch_size=1)
     found = trace(config)
     logits = 10 * 2048 * 49152
-    assert found.paths['loss'] == 'on' and found.phases['loss']['loss'] < logits and 'loss' not in trace(config, card='cpu').paths
+    assert found.features['chunked_loss']['on'] and found.phases['loss']['loss'] < logits and not trace(config, card='cpu').features['chunked_loss']['on']
 
 def test_recomputed_layers_give_the_same_gradient(whole):
     cache, found = load_cache(whole.data_path / 'train.safetensors'), []
     for checkpointing in (False, True):
         model = attach(load_base('embedded', 'full'), make_config(method='full'))
-        step = _engine(model, make_config(method='full', gradient_checkpointing=checkpointing), cache, 'cpu', 'float32')
+        step = build_step(model, make_config(method='full', gradient_checkpointing=checkpointing), cache, 'cpu', 'float32')
         step.accumulate(cache, [[0, 1], [2, 3]])
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert step.paths['recompute'] == {'layer': 6} and (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
+    assert step.features.policies == {'layer': 6} and (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
 
 def test_noise_is_for_training_only():
     model = attach(load_base('embedded', 'full'), make_config(method='full', neftune_noise_alpha=5))

@@ -80,4 +80,4 @@ def test_two_steps_over_one_row(longest, monkeypatch, no_card, tile):
     row = longest.train('', 24., 300, tile, 10**6)
     assert len(row['losses']) == 2 and row['losses'][0] == pytest.approx(6, abs=.2) and row['losses'][1] < row['losses'][0] + .01
     assert row['max_rss_gib'] > 0 and row['microseconds_per_token'] > 0
-    if tile: assert row['paths']['tile'] == 64 and row['paths']['recompute'] == {'offload': 2}
+    if tile: assert row['features']['mlp_chunk'] == 64 and row['features']['policies'] == {'offload': 2}

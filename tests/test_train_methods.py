@@ -19,7 +19,7 @@ from homelab_ft.train.engine.autotune import prepare
 from homelab_ft.train.engine.memory_budget import StepOptions
 from homelab_ft.train.engine.ops.cuda_graph import StepGraph
 from homelab_ft.train.lora import attach_lora, load_adapter, recommended, save_adapter
-from homelab_ft.train.engine.ops.neftune import add_neftune, sequence_lengths, silenced
+from homelab_ft.train.engine.ops.neftune import add_neftune, sequence_lengths, neftune_off
 from homelab_ft.train.engine.packing import collate_packed, bucket_shape
 from homelab_ft.train.base_model import validate_method, load_base
 from homelab_ft.train.engine.packed import PackedStep
@@ -180,7 +180,7 @@ def test_noise_reaches_training_and_never_validation(kind):
         return float(step.accumulate(cache, [[0, 1, 2], [3, 4]])[0])
     assert mean_nll(model, cache) == pytest.approx(before, abs=1e-6)
     assert loss(1) == loss(1) != loss(2)
-    with silenced(model): assert loss(1) == loss(2)
+    with neftune_off(model): assert loss(1) == loss(2)
     assert loss(1) != loss(2)
 
 
@@ -216,8 +216,8 @@ def test_noise_is_as_strong_in_rows_end_to_end():
 def test_parity_of_the_fast_step_is_found_while_noise_is_silenced():
     torch.manual_seed(0)
     model = attach_lora(MODELS['llama'](), make_config(lora_r=4, neftune_noise_alpha=15.))
-    with silenced(model): step = prepare(model, StepOptions(longest=40, budget=90, grain=16))
-    assert isinstance(step, PackedStep), step.paths
+    with neftune_off(model): step = prepare(model, StepOptions(longest=40, budget=90, grain=16))
+    assert isinstance(step, PackedStep), step.features
     once = lambda: float(step.accumulate(rows(), [[0, 1, 2]])[0])
     assert once() != once()
 
@@ -292,7 +292,7 @@ def test_noise_in_a_recorded_step_follows_the_seed():
         torch.manual_seed(seed)
         return float(recorded(batch))
     assert loss(1) == loss(1) != loss(2)
-    with silenced(model): assert loss(1) == loss(2) == pytest.approx(float(model.eval()(**{'input_ids': batch['ids'], 'labels': batch['ids']}).loss), rel=1e-5)
+    with neftune_off(model): assert loss(1) == loss(2) == pytest.approx(float(model.eval()(**{'input_ids': batch['ids'], 'labels': batch['ids']}).loss), rel=1e-5)
 
 
 @needs_card

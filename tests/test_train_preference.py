@@ -195,10 +195,10 @@ def test_whole_journey(tmp_path):
     run = run_pipeline(config, log=lambda line: None)
     train, judged = history(run)['train'], load_evaluation(run)
     assert train[0]['loss'] == pytest.approx(math.log(2), rel=1e-5) and train[-1]['loss'] < 0.4
-    assert judged.measures[0].name == 'preference accuracy' and judged['reward accuracy'].tuned > 0.9 and judged['reward accuracy'].low > 0
-    assert judged['preference accuracy'].tuned > judged['preference accuracy'].base
+    assert judged.metrics[0].name == 'preference accuracy' and judged['reward accuracy'].fine_tuned > 0.9 and judged['reward accuracy'].low > 0
+    assert judged['preference accuracy'].fine_tuned > judged['preference accuracy'].base
     assert 'preference accuracy' in run.report_path.read_text(encoding='utf-8') and run.entry_path.exists() and run.merged_path.exists()
-    assert json.loads(run.manifest_path.read_text())['engine']['rows'] == 'pairs, through TRL'
+    assert json.loads(run.manifest_path.read_text())['engine']['packed'] == dict(on=False, reason='pairs, through TRL')
 
 
 def test_wrong_layout_and_wrong_settings_leave_nothing(tmp_path):

@@ -28,15 +28,15 @@ def ours():
     "Every measured pass of ours: (name, settings, arguments of `trace`, commit, measured bytes, measured reserved GiB)."
     for run in json.loads((HERE.parent / 'train' / 'results.json').read_text())['runs']:
         for row in run['rows']:
-            if row['who'] != 'homelab_ft' or not (row.get('paths') or {}).get('peak_bytes'): continue
-            policies, name = row['paths']['recompute'], f"{row['model']} {row['method']} {row['kind']} {row['rows']}"
+            if row['who'] != 'homelab_ft' or not (row.get('features') or {}).get('peak_bytes'): continue
+            policies, name = row['features']['policies'], f"{row['model']} {row['method']} {row['kind']} {row['rows']}"
             given = dict(policies=policies, shape=SHAPES[row['kind'], row['rows']], gradients=found_gradients(run['code'], policies))
-            yield name, dict(model=row['model'], method=row['method'], max_length=2048, per_device_train_batch_size=row['rows']), given, run['code'], row['paths']['peak_bytes'], row['reserved_gib']
+            yield name, dict(model=row['model'], method=row['method'], max_length=2048, per_device_train_batch_size=row['rows']), given, run['code'], row['features']['peak_bytes'], row['reserved_gib']
     for row in json.loads((HERE.parent / 'train' / 'longest.json').read_text())['rows']:
-        if 'peak_bytes' not in row['paths']: continue
-        given = dict(policies=row['paths']['recompute'], tile=row['paths']['tile'], gradients=found_gradients(row['code'], row['paths']['recompute']), host_bytes=int(row['host_gib'] * 2**30))
+        if 'peak_bytes' not in row['features']: continue
+        given = dict(policies=row['features']['policies'], tile=row['features']['mlp_chunk'], gradients=found_gradients(row['code'], row['features']['policies']), host_bytes=int(row['host_gib'] * 2**30))
         settings = dict(model='Llama-3.1-8B', method='qlora', lora_r=row['rank'], lora_alpha=2 * row['rank'], max_length=row['tokens'], per_device_train_batch_size=1)
-        yield f"Llama-3.1-8B qlora one row of {row['tokens']}", settings, given, row['code'], row['paths']['peak_bytes'], row['reserved_gib']
+        yield f"Llama-3.1-8B qlora one row of {row['tokens']}", settings, given, row['code'], row['features']['peak_bytes'], row['reserved_gib']
 
 
 def main(part=''):

@@ -13,6 +13,7 @@ import torch
 from homelab_ft.config import make_config
 from homelab_ft.train.engine import autotune as fast
 from homelab_ft.train.engine.ops import chunked_loss as loss, checkpointing as recompute
+from homelab_ft.train.engine.features import Feature, features_json
 from homelab_ft.train.lora import attach_lora
 from homelab_ft.train.base_model import load_base
 from homelab_ft.train.engine.packed import PackedStep
@@ -54,13 +55,13 @@ def away(step, tokens, tile, room):
     "Every layer's input in host memory, layers in tiles, for one row of so many tokens."
     step.options.longest = step.options.budget = tokens
     recompute.apply_policies(step.layers, ['offload'] * len(step.layers), None, tile, ActivationOffloader(room))
-    step.paths.update(recompute=dict(offload=len(step.layers)), tile=tile)
+    step.features.policies, step.features.mlp_chunk = dict(offload=len(step.layers)), tile
 
 
 def by_hand(model, asked, tile, room):
     "A step with its policies given, unchecked."
     step = PackedStep(model, asked)
-    step.math, step.paths['compile'] = torch.compile(loss.chunk_loss), 'loss only'
+    step.math, step.features.compile = torch.compile(loss.chunk_loss), Feature(False, 'loss only')
     away(step, asked.longest, tile, room)
     step.fit_loss(fast.room(step))
     return step
@@ -97,7 +98,7 @@ def train(path, gib, tokens, tile, room):
     steps = [one_step(step, optimizer, tokens) for _ in range(2)]
     seconds = steps[1][0]
     return dict(prepare_seconds=round(prepared, 1), seconds_per_step=[round(s, 2) for s, _ in steps], losses=[round(l, 4) for _, l in steps],
-                microseconds_per_token=round(seconds / tokens * 1e6, 1), **measured(before), paths=step.paths)
+                microseconds_per_token=round(seconds / tokens * 1e6, 1), **measured(before), features=features_json(step.features))
 
 
 def attempt(step, optimizer, tokens, tile, room):

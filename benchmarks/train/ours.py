@@ -4,6 +4,7 @@ import sys
 import torch
 from homelab_ft.config import make_config
 from homelab_ft.train.engine import autotune as fast, packing
+from homelab_ft.train.engine.features import features_json
 from homelab_ft.train.lora import attach_lora
 from homelab_ft.train.base_model import load_base
 from workload import LENGTH, Data, Meter, fail, limit_card, say
@@ -28,7 +29,7 @@ def measure(step, data, steps, **about):
         optimizer.step()
         step.zero_grad()
         if meter.end(int(data.lengths[rows].sum())): break
-    say(meter.row(**about, paths=step.paths))
+    say(meter.row(**about, features=features_json(step.features)))
 
 
 def main(path, method, kind, rows, gib, *options):

@@ -16,7 +16,7 @@ def layers(row):
     "Whether rows are padded, and whether they are not; how many layers are then compiled, uncompiled with everything kept, uncompiled and computed again; 8-bit weights."
     eight = row['settings']['method'] == 'int8'
     if not fast(row): return [1, 0, 0, 0, 0, eight]
-    policies, compiled = row['paths']['recompute'], row['paths']['compile'] == 'on'
+    policies, compiled = row['features']['policies'], row['features']['compile']['on']
     keep, n = policies.get('none', 0), sum(policies.values())
     return [0, 1, n * compiled, keep * (not compiled), (n - keep) * (not compiled), eight]
 

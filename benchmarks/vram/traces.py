@@ -15,12 +15,12 @@ from homelab_ft.plan.trace.trace import trace
 from homelab_ft.plan.memory.estimate import adapter_params, weight_bytes
 
 HERE = Path(__file__).resolve().parent
-KEPT = ('allocated', 'phase', 'parts', 'phases', 'first_pass', 'reserved', 'process', 'recorded', 'host', 'layers', 'paths', 'seconds')    # of a `MemoryTrace`
+KEPT = ('allocated', 'phase', 'parts', 'phases', 'first_pass', 'reserved', 'process', 'recorded', 'host', 'layers', 'features', 'seconds')    # of a `MemoryTrace`
 
 
 def fast(row):
     "Whether the step laid rows end to end."
-    return row['paths']['rows'] == 'on'
+    return row['features']['packed']['on']
 
 
 def trained(config):
@@ -41,10 +41,10 @@ def chunk(config, limit_gib):
 
 def as_it_ran(row):
     "Settings and arguments of `trace`."
-    paths = row['paths']
-    if not fast(row): return make_config(**row['settings'] | dict(padding_free=False)), dict(policies=paths['recompute'] or None, whole=True) | (dict(tried=True) if 'plain one' in paths['rows'] else {})
-    config = make_config(**row['settings'] | ({} if paths['compile'] == 'on' else dict(torch_compile=False)))
-    return config, dict(policies=paths['recompute'], tile=paths['tile'], chunk=chunk(config, row['limit_gib']))
+    features = row['features']
+    if not fast(row): return make_config(**row['settings'] | dict(padding_free=False)), dict(policies=features['policies'] or None, whole=True) | (dict(tried=True) if features.get('packing_failed') else {})
+    config = make_config(**row['settings'] | ({} if features['compile']['on'] else dict(torch_compile=False)))
+    return config, dict(policies=features['policies'], tile=features['mlp_chunk'], chunk=chunk(config, row['limit_gib']))
 
 
 def key(row):

@@ -16,8 +16,9 @@ from .ops import varlen_attention as attention, chunked_loss as loss, checkpoint
 from . import memory_budget as fit, packing
 from .padded import PaddedStep, _plain_model, accumulate, decoder_layers, unsupported_reason
 from .batching import collate
+from .features import OUT_OF_MEMORY, Feature
 from .memory_budget import StepOptions
-from .ops.neftune import silenced
+from .ops.neftune import neftune_off
 from .packed import PackedStep
 from .full import full_step
 from ...core import ConfigError, HardwareError
@@ -65,8 +66,6 @@ def _why_not(
     options: StepOptions,   # what the run asks for
 ) -> str:               # empty if nothing does
     "What keeps the fast step from a model."
-    why = unsupported_reason(model) or attention.why_stock_attention(_plain_model(model))
-    if why: return why
     model.eval()
     try: return _check_rows(PackedStep(model, replace(options, longest=33, budget=96, fixed=(), grain=32)), options)
     finally: model.train()
@@ -104,7 +103,7 @@ def _fit(
     peak = fit.fit_policies(once, step.layers, step.apply_policies, limit, **known) if wish == 'auto' else measure(once)
     if peak and step.run: peak = measure(once) or peak      # once more: kernels were timed beside the first
     step.model.zero_grad()
-    step.paths['peak_bytes'] = peak
+    step.features.peak_bytes = peak
     if peak: return
     least = min(filter(None, peaks), default=0)
     raise HardwareError('the card cannot hold one pass', value=f'{step.options.budget} tokens' + f', {least / 2**30:.2f} GiB at least' * (least > 0),
@@ -139,14 +138,16 @@ def _compiled_fit(
     once,               # function that makes its largest pass
 ):
     "Compile and fit; without compilation if PyTorch cannot, or if it computes something else."
-    (check, plain), step.paths['compile'] = _plain(step, once), 'on'
-    step.run, step.math = recompute.compiled(step.layers), torch.compile(loss.chunk_loss)
+    check, plain = _plain(step, once)
+    step.features.compile = Feature(True)
+    step.run, step.math = recompute.compile_forward(step.layers), torch.compile(loss.chunk_loss)
     try:
         _fit(step, once)
         why = fit.differs(fit.gradient_of(step.model, check), plain, step.dtype)
     except torch._dynamo.exc.TorchDynamoException as e: why = str(e).strip().splitlines()[0]
     if not why: return
-    step.run, step.math, step.paths['compile'] = None, loss.chunk_loss, why      # go on with the layers as they are
+    step.run, step.math = None, loss.chunk_loss     # go on with the layers as they are
+    step.features.compile = Feature(False, why)
     _fit(step, once)
 
 # %% ../../../nbs/train/engine/08_autotune.ipynb #2fc97970
@@ -155,11 +156,11 @@ def _hold(
     once,               # function that makes its largest pass
 ):
     "Where every layer keeps all it can and more than a GiB is left: merged matrices, made once per step."
-    spare = _limit(step) - step.paths['peak_bytes'] - 2**30
-    if not step.copies or set(step.paths['recompute']) != {'none'} or spare <= 0: return
+    spare = _limit(step) - step.features.peak_bytes - 2**30
+    if not step.copies or set(step.features.policies) != {'none'} or spare <= 0: return
     packed = fit.gradient_of(step.model, once)
-    step.paths['held'] = step.copies.hold(step.layers, spare)
-    if fit.differs(fit.gradient_of(step.model, once), packed, step.dtype): step.paths['held'] = step.copies.hold(step.layers, 0)
+    step.features.merged_layers = step.copies.cache_merged_weights(step.layers, spare)
+    if fit.differs(fit.gradient_of(step.model, once), packed, step.dtype): step.features.merged_layers = step.copies.cache_merged_weights(step.layers, 0)
 
 # %% ../../../nbs/train/engine/08_autotune.ipynb #54c45200
 def _crowded(
@@ -176,16 +177,20 @@ def _recorded(
 ):
     "Record the largest pass; without recording if that fails, leaves too little memory, or computes something else."
     plain = fit.gradient_of(step.model, lambda: step.backward(batch, even))
-    step.paths['graph'] = 'on'
-    try: why = fit.differs(fit.gradient_of(step.model, lambda: step.one_pass(batch, even), step.zero_grad), plain, step.dtype) or 'the card is too full for it' * _crowded(step)
-    except torch.OutOfMemoryError: why = 'the card is too full for it'
+    step.features.cuda_graph = Feature(True)
+    try: why = fit.differs(fit.gradient_of(step.model, lambda: step.one_pass(batch, even), step.zero_grad), plain, step.dtype) or OUT_OF_MEMORY * _crowded(step)
+    except torch.OutOfMemoryError: why = OUT_OF_MEMORY
     except RuntimeError as e: why = str(e).strip().splitlines()[0]
     if why:
-        step.graphs, step.lane, step.paths['graph'] = {}, None, why
+        step.graphs, step.lane, step.features.cuda_graph = {}, None, Feature(False, why)
         step.forget()
         torch.cuda.empty_cache()
 
 # %% ../../../nbs/train/engine/08_autotune.ipynb #af72a675
+def _has_dropout(model) -> bool:
+    "Whether any layer drops values at random."
+    return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
+
 def _on_card(
     step: PackedStep,         # for which `_why_not` found nothing
 ):
@@ -193,8 +198,8 @@ def _on_card(
     o = step.options
     batch, even = packing.largest_microbatch(o.longest, o.budget, o.fixed, o.grain, step.head.weight.shape[0])
     batch = {k: torch.from_numpy(v) for k, v in batch.items()}
-    step.paths['attention'] = attention.kernel_for(_plain_model(step.model).config, o.budget, o.longest, step.dtype)
-    if 'dropout' in step.paths['lora']: o = replace(o, compile=False, graph=False)      # its random numbers cannot be compared
+    step.features.attention = attention.kernel_for(_plain_model(step.model).config, o.budget, o.longest, step.dtype)
+    if _has_dropout(step.model): o = replace(o, compile=False, graph=False)      # its random numbers cannot be compared
     def once():
         "The largest pass, with gradients in place."
         step.keep_gradients()
@@ -202,9 +207,9 @@ def _on_card(
     step.fit_loss(room(step))
     (_compiled_fit if o.compile else _fit)(step, once)
     _hold(step, once)
-    if not o.compile: step.paths['compile'] = 'switched off'
-    away = 'inputs wait in host memory' if 'offload' in step.paths['recompute'] else 'the embedding table is in host memory' if step.table else ''
-    step.paths['graph'] = away or 'switched off'
+    if not o.compile: step.features.compile = Feature(False, 'switched off')
+    away = 'inputs wait in host memory' if 'offload' in step.features.policies else 'the embedding table is in host memory' if step.table else ''
+    step.features.cuda_graph = Feature(False, away or 'switched off')
     if o.graph and not away: _recorded(step, batch, even)
 
 # %% ../../../nbs/train/engine/08_autotune.ipynb #b3eb32fc
@@ -214,12 +219,16 @@ def prepare(
 ):                      # `PackedStep`, or `PaddedStep` where the model does not allow them
     "The fastest step that computes what the plain one does."
     began = time.monotonic()
-    if why := _why_not(model, options): return PaddedStep(model, why, options.checkpointing, options.label_smoothing)
+    unsupported = unsupported_reason(model) or attention.unsupported_attention(_plain_model(model))
+    if why := unsupported or _why_not(model, options):
+        padded = PaddedStep(model, why, options.checkpointing, options.label_smoothing)
+        padded.features.packing_failed = not unsupported
+        return padded
     step = PackedStep(model, options)
     if step.device.type == 'cuda':
-        with silenced(model): _on_card(step)
+        with neftune_off(model): _on_card(step)
     elif options.checkpointing is True: step.apply_policies(['layer'] * len(step.layers))
-    step.paths['seconds'] = round(time.monotonic() - began, 1)
+    step.features.seconds = round(time.monotonic() - began, 1)
     return step
 
 # %% ../../../nbs/train/engine/08_autotune.ipynb #9a0bcc37
@@ -244,4 +253,4 @@ def build_step(
         return PaddedStep(model, 'switched off' if off else f'{dtype} on {device}', config.gradient_checkpointing, config.label_smoothing_factor)
     engine = prepare(model, run_options(config, cache, sum(p.numel() for p in model.parameters() if p.requires_grad), _input_bytes(model)))
     if not wanted or isinstance(engine, PackedStep): return engine
-    raise ConfigError('rows of this model cannot be laid end to end', value=engine.paths['rows'], allowed='padded rows', next_step='set packing=false and padding_free=auto')
+    raise ConfigError('rows of this model cannot be laid end to end', value=engine.features.packed.reason, allowed='padded rows', next_step='set packing=false and padding_free=auto')

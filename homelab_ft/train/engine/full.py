@@ -14,6 +14,7 @@ import torch
 from .ops import chunked_loss as loss
 from .padded import PaddedStep, _plain_model, _sent, accumulate, decoder_and_head, unsupported_reason, precision
 from .batching import collate
+from .features import Feature
 
 # %% ../../../nbs/train/engine/05_full.ipynb #f141bec2
 def grad_of(
@@ -86,7 +87,8 @@ class FullStep(PaddedStep):
         label_smoothing: float = 0.,    # share of the target spread over the vocabulary
     ):
         super().__init__(model, WHY, checkpointing, label_smoothing)
-        self.head, self.hook, self.paths['loss'] = decoder_and_head(model)[1].weight, learn_rows(_plain_model(model).get_input_embeddings()), 'on'
+        self.head, self.hook = decoder_and_head(model)[1].weight, learn_rows(_plain_model(model).get_input_embeddings())
+        self.features.chunked_loss = Feature(True)
 
     def accumulate(self,
         cache,              # rows of tokens: `cache.row(i)`

@@ -15,11 +15,12 @@ from fastcore.basics import patch
 # %% ../../../nbs/train/engine/04_packed.ipynb #ee3ed284
 from .ops import varlen_attention as attention, fused_lora as linear, chunked_loss as chunked, checkpointing as recompute
 from . import packing
+from .features import OUT_OF_MEMORY, Feature, Features
 from .padded import _plain_model, decoder_and_head, decoder_layers
 from .memory_budget import StepOptions
 from .ops.cuda_graph import CaptureStream, StepGraph
 from .ops.offload import ActivationOffloader
-from .ops.embedding_offload import OffloadedEmbedding, why_embedding_stays
+from .ops.offload import OffloadedEmbedding, unsupported_embedding
 from .ops.adapter_casts import AdapterCasts
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #435264d8
@@ -35,12 +36,13 @@ class PackedStep:
         self.run, self.math, self.chunk = None, chunked.chunk_loss, 0      # compiled layers, if any; a chunk's loss; its positions, 0: as many as usual
         self.lane, self.graphs, self.seen = None, {}, Counter()         # where passes are recorded; those that are, by shape; how often each shape came
         self.learned, self.copies, self.table = {}, None, None          # learned tokens of each row; 16-bit adapters; embeddings in host memory
-        self.paths = dict(rows='on', lora='on', loss='on', compile='no card', graph='no card', attention='varlen', recompute={})
+        no_gpu, on = Feature(False, 'no GPU'), Feature(True)
+        self.features = Features(packed=on, fused_lora=on, chunked_loss=on, compile=no_gpu, cuda_graph=no_gpu, attention='varlen')
         self.asked = _plain_model(model).get_input_embeddings().register_forward_hook(lambda module, given, out: recompute.require_grad_view(out))
         attention.use_varlen_attention(_plain_model(model))
         stock = linear.fuse(model)
         if self.dtype != torch.float32: self.copies = AdapterCasts(model, self.dtype)
-        if stock: self.paths['lora'] = '; '.join(f'{n} adapters as they are: {why}' for why, n in stock.items())
+        if stock: self.features.fused_lora = Feature(False, '; '.join(f'{n} adapters are not fused: {why}' for why, n in stock.items()))
         self.apply_policies(['none'] * len(self.layers))
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #43b1b713
@@ -51,15 +53,17 @@ def apply_policies(self: PackedStep,
 ):
     "What the layers keep from now on."
     recompute.apply_policies(self.layers, policies, None if tile else self.run, tile, ActivationOffloader(self.options.host_bytes))
-    self.paths |= dict(recompute={k: policies.count(k) for k in recompute.POLICIES if k in policies}, tile=tile)
+    self.features.policies = {k: policies.count(k) for k in recompute.POLICIES if k in policies}
+    self.features.mlp_chunk = tile
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #ad02b0c6
 @patch
 def offload_embedding(self: PackedStep) -> bool:
-    "Send the [embedding table](ops/09_embedding_offload.ipynb) to host memory, if it is there to be sent; whether it was."
+    "Send the [embedding table](ops/08_offload.ipynb) to host memory, if it is there to be sent; whether it was."
     if self.table: return False
-    why = why_embedding_stays(_plain_model(self.model))
-    self.table, self.paths['table'] = None if why else OffloadedEmbedding(_plain_model(self.model)), why or 'in host memory'
+    why = unsupported_embedding(_plain_model(self.model))
+    self.table = None if why else OffloadedEmbedding(_plain_model(self.model))
+    self.features.embedding_offload = Feature(not why, why)
     return not why
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #a13c5857
@@ -81,8 +85,8 @@ def loss(self: PackedStep,
     even: bool,         # every row is exactly `longest` tokens
 ):                      # 0-d float32
     "Weighted loss of one pass. Adapters that are not fused need autocast, without its cache, which recording forbids."
-    with torch.autocast(self.device.type, torch.bfloat16, self.paths['lora'] != 'on' and self.dtype == torch.bfloat16, cache_enabled=False):
-        hidden = self.decoder(**{k: batch[k] for k in ('input_ids', 'position_ids', 'cu_seqlens')}, use_cache=False, longest=self.options.longest, even=even)[0][0]
+    with torch.autocast(self.device.type, torch.bfloat16, not self.features.fused_lora.on and self.dtype == torch.bfloat16, cache_enabled=False):
+        hidden = self.decoder(**{k: batch[k] for k in ('input_ids', 'position_ids', 'cu_seqlens')}, use_cache=False, max_seq_len=self.options.longest, equal_lengths=even)[0][0]
     learned = hidden.index_select(0, batch['at']), self.head.weight, batch['targets'], batch['weights']
     return chunked.chunked_loss(*learned, self.chunk, self.options.label_smoothing, self.math)
 
@@ -104,14 +108,14 @@ def _sent(batch: dict, device) -> dict:
 @patch
 def on_capture_stream(self: PackedStep):
     "A context: on the lane of recorded passes, if there are any, and if every gradient is there already."
-    return self.lane.taken() if self.lane and all(p.grad is not None for p in self.parameters) else nullcontext()
+    return self.lane.active() if self.lane and all(p.grad is not None for p in self.parameters) else nullcontext()
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #9fa7efee
 @patch
 def forget(self: PackedStep):
     "Drop what a pass that broke off has left, gradients and their memory."
     self.model.zero_grad()
-    if self.copies: self.copies.forget()
+    if self.copies: self.copies.drop_grads()
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #8fcb5a2a
 @patch
@@ -121,10 +125,10 @@ def backward(self: PackedStep,
 ):                      # the loss, detached
     "One pass, launched kernel by kernel; its gradient is added to `.grad`. A card that is full loses all gradients, and the memory they took."
     try:
-        with attention.prefer(self.paths['attention']), self.on_capture_stream():
+        with attention.prefer(self.features.attention), self.on_capture_stream():
             total = self.loss(_sent(batch, self.device), even)
             total.backward()
-            if self.copies: self.copies.collect()
+            if self.copies: self.copies.unscale_into_master_grads()
         return total.detach()
     except torch.OutOfMemoryError:
         self.forget()
@@ -140,8 +144,8 @@ def record(self: PackedStep,
     "Record a pass; the gradients collected so far stay as they are."
     kept, self.lane, batch = [p.grad.cpu() for p in self.parameters], self.lane or CaptureStream(), _sent(batch, self.device)
     try:
-        with attention.prefer(self.paths['attention']):
-            return StepGraph(lambda b: self.loss(b, even), batch, self.lane, self.copies and self.copies.collect, warm_ups)
+        with attention.prefer(self.features.attention):
+            return StepGraph(lambda b: self.loss(b, even), batch, self.lane, self.copies and self.copies.unscale_into_master_grads, warm_ups)
     finally: torch._foreach_copy_([p.grad for p in self.parameters], kept)
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #2be78cba
@@ -160,7 +164,7 @@ def one_pass(self: PackedStep,
     even: bool,         # every row is exactly `longest` tokens
 ):                      # the loss, detached
     "A pass, replayed if its shape is recorded or may be."
-    if self.paths['graph'] != 'on': return self.backward(batch, even)
+    if not self.features.cuda_graph.on: return self.backward(batch, even)
     shape = batch['input_ids'].shape[1], len(batch['at']), len(batch['cu_seqlens']), even
     self.seen[shape] += 1
     if shape not in self.graphs and self.due(shape):
@@ -191,12 +195,12 @@ def passes(self: PackedStep,
 @patch
 def downgrade_after_oom(self: PackedStep) -> bool:
     "Give up recordings and merged matrices, the next time whatever layers keep; whether there was anything to give up."
-    merged = [m for m in self.copies.layers if m._held is not None] if self.copies else []
+    merged = [m for m in self.copies.layers if m._merged is not None] if self.copies else []
     if not merged and not self.lane:
-        if set(self.paths['recompute']) <= {'layer', 'offload'}: return False
+        if set(self.features.policies) <= {'layer', 'offload'}: return False
         self.apply_policies(['layer'] * len(self.layers))
-    for m in merged: m._held = None
-    self.graphs, self.lane, self.paths['graph'] = {}, None, 'off since the card was full'
+    for m in merged: m._merged = None
+    self.graphs, self.lane, self.features.cuda_graph = {}, None, Feature(False, OUT_OF_MEMORY)
     self.forget()
     if self.device.type == 'cuda': torch.cuda.empty_cache()
     return True
@@ -210,7 +214,7 @@ def accumulate(self: PackedStep,
     "Add the gradient of the mean loss over all learned tokens to `.grad`; a card that is full against the plan costs speed, not the run."
     rows, total = [r for batch in micro_batches for r in batch], torch.zeros((), device=self.device)
     try:
-        if self.copies: self.copies.refresh()
+        if self.copies: self.copies.update()
         for batch, even in self.passes(cache, rows): total += self.one_pass(batch, even)
         return total, sum(self.learned[r] for r in rows)
     except torch.OutOfMemoryError as e: full = str(e)
@@ -227,7 +231,7 @@ def keep_gradients(self: PackedStep):
 @patch
 def zero_grad(self: PackedStep):
     "Forget the gradients; recorded passes need them to stay where they are."
-    if self.paths['graph'] != 'on': return self.model.zero_grad()
+    if not self.features.cuda_graph.on: return self.model.zero_grad()
     self.keep_gradients()
     torch._foreach_zero_([p.grad for p in self.parameters])
 
@@ -236,5 +240,5 @@ def zero_grad(self: PackedStep):
 @contextmanager
 def evaluating(self: PackedStep):
     "A context for passes of any shape: layers uncompiled, the adapter as it is now."
-    if self.copies: self.copies.refresh()
+    if self.copies: self.copies.update()
     with self.on_capture_stream(), torch.compiler.set_stance('force_eager') if self.run else nullcontext(): yield

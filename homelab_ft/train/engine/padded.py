@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SOFTCAPPED', 'LOGITS_AT_ONCE', 'label_positions', 'decoder_and_head', 'precision', 'label_nll', 'count_labels',
-           'accumulate', 'decoder_layers', 'unsupported_reason', 'PaddedStep', 'describe_step', 'mean_nll']
+           'accumulate', 'decoder_layers', 'unsupported_reason', 'PaddedStep', 'mean_nll']
 
 # %% ../../../nbs/train/engine/02_padded.ipynb #58f2298d
 from contextlib import nullcontext
 
 from .batching import _log_once, collate, in_batches
+from .features import Feature, Features
 
 # %% ../../../nbs/train/engine/02_padded.ipynb #29f37d6a
 def label_positions(
@@ -148,14 +149,14 @@ class PaddedStep:
     "The plain step: rows padded to rectangles."
     def __init__(self,
         model,              # causal language model with trainable parameters
-        why: str,           # why not the fast one; kept in `paths`
+        why: str,           # why not the fast one; kept in `features`
         checkpointing=False,    # True: recompute every layer
         label_smoothing: float = 0.,    # share of the target spread over the vocabulary
     ):
-        self.model, self.label_smoothing, self.paths = model, label_smoothing, dict(rows=why, recompute={})
+        self.model, self.label_smoothing, self.features = model, label_smoothing, Features(Feature(False, why))
         if checkpointing is not True: return
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
-        self.paths['recompute'] = {'layer': len(decoder_layers(model) or [])}
+        self.features.policies = {'layer': len(decoder_layers(model) or [])}
 
     def accumulate(self,
         cache,              # rows of tokens: `cache.row(i)`
@@ -171,16 +172,6 @@ class PaddedStep:
     def evaluating(self):
         "A context for evaluation; nothing to prepare here."
         return nullcontext()
-
-# %% ../../../nbs/train/engine/02_padded.ipynb #d85a001c
-def describe_step(
-    paths: dict,            # of `PaddedStep` or `PackedStep`: what runs fast, 'on' or why not
-) -> str:
-    "How a run computes its steps, in one line."
-    if 'lora' not in paths: return f"padded rows ({paths['rows']})"
-    kept = ', '.join(f'{n} {policy}' for policy, n in paths['recompute'].items())
-    off = ''.join(f'; no {part}: {paths[key]}' for key, part in dict(lora='fused adapters', compile='compiled layers', graph='recorded passes').items() if paths[key] != 'on')
-    return f'rows end to end; layers: {kept}{off}'
 
 # %% ../../../nbs/train/engine/02_padded.ipynb #cb769131
 def mean_nll(

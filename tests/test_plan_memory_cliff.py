@@ -8,6 +8,7 @@ torch = pytest.importorskip('torch')
 
 from homelab_ft.core import GiB
 from homelab_ft.config import make_config
+from homelab_ft.train.engine.features import OUT_OF_MEMORY, Feature, Features
 from homelab_ft.plan.model_shape import model_shape
 
 FOLDER = Path(__file__).resolve().parent.parent / 'benchmarks' / 'vram'
@@ -48,7 +49,7 @@ def test_cases_differ_and_are_single_configurations(cliff, cases):
         config = make_config(**settings)            # raises for what cannot be
         assert config.max_length <= model_shape(config.model).max_position_embeddings
         fast = settings['method'] != 'full' and settings.get('padding_free') is not False
-        assert (cliff.need(settings, limit)['step'] == 'fast') == fast
+        assert (cliff.need(settings, limit)['step'] == 'packed') == fast
         assert not fast or config.max_length * config.per_device_train_batch_size % 256 == 0      # else the pass would be larger than what is predicted
         assert settings['method'] != 'qlora' or config.torch_compile is False
 
@@ -57,7 +58,7 @@ def test_what_is_compared_is_the_process_less_context_and_libraries(cliff, cases
     from homelab_ft.plan.memory.overhead import process_bytes
     from homelab_ft.plan.memory.estimate import estimate
     settings, limit = next((s, l) for s, l in cases if s['method'] == 'qlora' and not s['gradient_checkpointing'])
-    est = estimate(model_shape(settings['model']), 'qlora', batch_size=settings['per_device_train_batch_size'], length=settings['max_length'], torch_compile=False)
+    est = estimate(model_shape(settings['model']), method='qlora', batch_size=settings['per_device_train_batch_size'], length=settings['max_length'], torch_compile=False)
     assert cliff.need(settings, limit)['reserved'] == est.peak - process_bytes(0, est.policies, True, False) > est.allocated
 
 
@@ -68,13 +69,14 @@ def test_the_choice_is_always_the_same(cliff, cases): assert cliff.choose() == c
 def test_verdicts(cliff, share, told): assert cliff.verdict(share) == told
 
 
-def trained(cliff, settings, limit, **paths):
+def trained(cliff, settings, limit, **features):
     "A row as measure.py has it."
     config, n = make_config(**settings), model_shape(settings['model']).num_hidden_layers
     kept = {'layer' if config.gradient_checkpointing else 'none': n}
-    given = dict(rows='on', graph='on', compile='switched off' if config.torch_compile is False else 'on', recompute=kept)
-    if cliff.need(settings, limit)['step'] != 'fast': given = dict(rows='switched off', recompute=kept if config.gradient_checkpointing else {})
-    return dict(settings=settings, limit_gib=limit, paths=given | paths, chunk=cliff.chunk(config, limit), reserved=GiB)
+    on, off = dict(on=True, reason=''), dict(on=False, reason='switched off')
+    given = dict(packed=on, cuda_graph=on, compile=off if config.torch_compile is False else on, policies=kept)
+    if cliff.need(settings, limit)['step'] != 'packed': given = dict(packed=off, policies=kept if config.gradient_checkpointing else {})
+    return dict(settings=settings, limit_gib=limit, features=given | features, chunk=cliff.chunk(config, limit), reserved=GiB)
 
 
 def test_what_happened(cliff, cases):
@@ -86,11 +88,11 @@ def test_what_happened(cliff, cases):
     for settings, agrees in ((inside, True), (beyond, False)):
         row = trained(cliff, settings, limit)
         assert cliff.judged(row)['agrees'] is agrees and cliff.judged(row)['unlike'] == []
-        assert cliff.judged(trained(cliff, settings, limit, graph='the card is too full for it'))['agrees'] is not agrees
+        assert cliff.judged(trained(cliff, settings, limit, cuda_graph=dict(on=False, reason=OUT_OF_MEMORY)))['agrees'] is not agrees
 
 
-@pytest.mark.parametrize('odd, i', [(odd, 0) for odd in (dict(compile='its gradient is 1e0 away'), dict(recompute=dict(mlp=3)), dict(held=4), dict(graph='no card'), dict(rows='switched off'))] +
-                         [(dict(rows='on'), -1), (dict(recompute={}), -10)])
+@pytest.mark.parametrize('odd, i', [(odd, 0) for odd in (dict(compile=dict(on=False, reason='its gradient is 1e0 away')), dict(policies=dict(mlp=3)), dict(merged_layers=4), dict(cuda_graph=dict(on=False, reason='no GPU')), dict(packed=dict(on=False, reason='switched off')))] +
+                         [(dict(packed=dict(on=True, reason='')), -1), (dict(policies={}), -10)])
 def test_a_step_that_was_not_as_planned_counts_for_nothing(cliff, cases, odd, i):
     settings, limit = cases[i]
     row = cliff.judged(trained(cliff, settings, limit, **odd))
@@ -107,9 +109,9 @@ def test_nothing_hides_a_card_that_is_full(cliff):
         tries.append(rows)
         if len(tries) == 1: raise torch.OutOfMemoryError('full')
         return []
-    vars(engine).update(device=torch.device('cpu'), copies=None, lane=object(), graphs={}, learned={0: 1}, passes=passes, model=torch.nn.Linear(1, 1), paths=dict(graph='on'))
+    vars(engine).update(device=torch.device('cpu'), copies=None, lane=object(), graphs={}, learned={0: 1}, passes=passes, model=torch.nn.Linear(1, 1), features=Features(cuda_graph=Feature(True)))
     engine.accumulate(None, [[0]])
-    assert len(tries) == 2 and 'full' in engine.paths['graph']          # tried again, with less
+    assert len(tries) == 2 and engine.features.cuda_graph == Feature(False, OUT_OF_MEMORY)          # tried again, with less
     tries.clear()
     measure.keep_all(SimpleNamespace(engine=engine))
     with pytest.raises(torch.OutOfMemoryError): engine.accumulate(None, [[0]])
