@@ -48,7 +48,7 @@ def print_result(
     "The last table, the conclusion and where everything is."
     from homelab_ft.evaluate.compare import load_evaluation
     from homelab_ft.pipeline import summary_table
-    print(f'\n{summary_table(run)}\n\n{load_evaluation(run).verdict}\n')
+    print(f'\n{summary_table(run)}\n\n{load_evaluation(run).conclusion}\n')
     print(f'report  {run.report_path}\nmodel   {run.merged_path}\nask it  homelab-ft chat {run.path}')
 
 def quickstart(
@@ -110,20 +110,20 @@ def plan(
     "Predict memory, and with --pilot time, energy and cost; exit code 3 if it does not fit."
     from homelab_ft.plan.autoconfigure import autoconfigure
     from homelab_ft.plan.memory.estimate import estimate_for
-    from homelab_ft.plan.memory.overhead import correction_for
+    from homelab_ft.plan.memory.overhead import overhead_offset_for
     from homelab_ft.plan.model_shape import model_shape
     from homelab_ft.plan.summary import plan_json, plan_text, planned_card
     config = read_settings(args)
     name, limit, device, about, gpu = planned_card(args.gpu, args.gib)
     if config.device == 'auto': config.device = device
     if args.fit: return print_fit(config, gpu or limit)
-    offset = correction_for(name)
+    offset = overhead_offset_for(name)
     config, choice = autoconfigure(config, None, limit, offset)
     if args.probe: return run_probe(config)
     if offset: about.append(f'Corrected by a probe of this GPU: {offset / 2**20:+.0f} MiB.')
     if choice: about.append(f'Chosen, as a run would: {choice}')
-    est = estimate_for(config, model_shape(config.model), limit_bytes=limit, correction=offset)
-    padded_dora = config.use_dora and est.step != 'fast' and not args.json
+    est = estimate_for(config, model_shape(config.model), limit_bytes=limit, overhead_offset=offset)
+    padded_dora = config.use_dora and est.step == 'padded' and not args.json
     if args.trace or padded_dora: return print_trace(config, limit, about, offset)
     if args.json: print(plan_json(config, name, limit, est))
     else: print(*about, plan_text(est, limit), sep='\n\n')

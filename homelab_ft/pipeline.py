@@ -27,9 +27,9 @@ from .evaluate.compare import compare, load_evaluation
 from .table import Table
 from .io import append_jsonl, now
 from .plan.autoconfigure import autoconfigure
-from .plan.cost import Projection, pilot_table
+from .train.projection import Projection
 from .hardware.machine import check_disk, check_writable, detect_machine
-from .plan.memory.overhead import correction_for
+from .plan.memory.overhead import overhead_offset_for
 from .plan.model_shape import model_shape
 from .plan.memory.estimate import estimate_for, verdict
 from .train.launcher import follow, start
@@ -100,8 +100,8 @@ def plan_run(
         length, share = largest_batch(config.model_copy(update=dict(per_device_train_batch_size=batch)), cache)
     device = machine.device if config.device == 'auto' else config.device
     bounded = config.model_copy(update=dict(max_length=length, device=device))
-    shape, offset = model_shape(model_path(config.model)), correction_for(machine.gpu_name)
-    predicted = estimate_for(bounded, shape, share, machine.total_bytes, margin=0, correction=offset)
+    shape, offset = model_shape(model_path(config.model)), overhead_offset_for(machine.gpu_name)
+    predicted = estimate_for(bounded, shape, share, machine.total_bytes, margin=0, overhead_offset=offset)
     if predicted.fits(machine.total_bytes, margin=0): return predicted, machine
     next_step = 'set method=qlora, gradient_checkpointing=true, or a smaller per_device_train_batch_size or max_length'
     raise HardwareError('this run does not fit', verdict(predicted, machine.total_bytes, margin=0), next_step=next_step)
@@ -237,16 +237,16 @@ def read_projection(
 ) -> Projection:         # None if there is none yet
     "The projection that training wrote to the run's events."
     for event in events(run):
-        if event['event'] == 'pilot':
+        if event['event'] == 'projection':
             return Projection(**{k: v for k, v in event.items() if k not in ('time', 'event')})
 
 # %% ../nbs/05_pipeline.ipynb #b3cd301e
 def project_from_first_steps(
     config: RunConfig,   # the settings of the run to come
-) -> Table:
+) -> Projection:
     "Time, energy and cost of the whole run, projected from its first steps; `RunError` if it ends before there are enough."
     with tempfile.TemporaryDirectory() as folder:
-        trial = config.model_copy(update={'runs_dir': folder, 'run_name': 'pilot', 'max_minutes': None})
+        trial = config.model_copy(update={'runs_dir': folder, 'run_name': 'projection', 'max_minutes': None})
         run = new_run(trial, log=lambda line: None)
         process = start(run)
         projection = None
@@ -256,7 +256,7 @@ def project_from_first_steps(
         if status(run).state == 'running': send(run, 'stop')
         process.wait()
         projection = projection or read_projection(run)
-    if projection: return pilot_table(projection)
+    if projection: return projection
     next_step = 'run it: it takes moments'
     raise RunError('the run is too short for a projection', allowed='at least five steps', next_step=next_step)
 
@@ -268,4 +268,4 @@ def summary_table(
     measures = load_evaluation(run).table()
     cost = cost_table(json.loads(run.entry_path.read_text(encoding='utf-8')))
     rows = [row[:-1] for row in measures.rows] + [[name, '', value, ''] for name, value in cost.rows]
-    return Table(['measure', 'base', 'fine-tuned', measures.headers[3]], rows)
+    return Table(['metric', 'base', 'fine-tuned', measures.headers[3]], rows)
