@@ -7,7 +7,7 @@ from homelab_ft.core import DataError, ModelError, embedded_model
 from homelab_ft.config import make_config
 from homelab_ft.data.chat_template import load_tokenizer
 from homelab_ft.data.formats import DatasetFormat, detect_format
-from homelab_ft.data.plain_text import encode_text, end_ids, is_text_dataset, is_text
+from homelab_ft.data.tokenize import encode_text, end_ids, is_text_dataset, is_text
 from homelab_ft.data.prepare import load_prepared, prepare
 from homelab_ft.deploy.chat import load_chat
 from homelab_ft.evaluate.compare import load_evaluation
