@@ -95,7 +95,7 @@ def test_pairs_recompute_every_layer_on_a_card_and_none_on_a_processor():
 def test_a_pass_is_padded_as_in_training(tokens, data):
     learned = data.draw(st.integers(1, tokens))
     assert fast.padded(tokens, learned) == bucket_shape([tokens], [learned], [0], 256, tokens)[:2]
-    assert StepOptions(1, 1).grain == fast.BUCKET_SIZE
+    assert StepOptions(1, 1).bucket_size == fast.BUCKET_SIZE
 
 
 @pytest.mark.parametrize('targets', [('q_proj', 'v_proj'), ('q_proj', 'k_proj'), ('down_proj',), ('v_proj',)], ids=str)

@@ -75,7 +75,7 @@ def test_plans_know_how_many_logits_there_are_at_a_time():
     from homelab_ft.plan.memory import padded_step as plain
     from homelab_ft.train.engine import padded as engine
     from homelab_ft.train.engine.ops import chunked_loss as loss
-    assert (later.SLICE, plain.INPLACE_LOGITS, plain.MAX_CHUNK_VALUES) == (engine.LOGITS_AT_ONCE, loss.INPLACE_LOGITS, loss.MAX_CHUNK_VALUES)
+    assert (later.SLICE, plain.INPLACE_LOGITS, plain.MAX_CHUNK_VALUES) == (engine.MAX_EVAL_LOGITS, loss.INPLACE_LOGITS, loss.MAX_CHUNK_VALUES)
 
 
 def test_the_kept_figures_are_todays():

@@ -27,7 +27,7 @@ from homelab_ft.plan.memory.static import adapter_params
 from homelab_ft.train.engine import padded as engine
 from homelab_ft.plan.trace import dry_run as rehearse
 from homelab_ft.plan.trace.fake_model import fill, meta_model, model_config, on_meta
-from homelab_ft.train.engine.packing import RandomRows
+from homelab_ft.train.engine.packing import RandomSequences
 from homelab_ft.plan.trace.memory_tracer import MemoryTracer
 
 HERE = Path(__file__).resolve().parent
@@ -36,7 +36,7 @@ NEW = 16      # tokens of an answer
 PHASES = ('evaluation', 'final evaluation', 'generation', 'chat')
 
 
-class Cache(RandomRows):
+class Cache(RandomSequences):
     "Random rows, as many as there are lengths."
     def __len__(self): return len(self.lengths)
 

@@ -112,7 +112,7 @@ def chunk_for(
     vocab: int,             # entries of the vocabulary
     room: float = 2**63,    # bytes for a pass beside what is there all the time
 ) -> int:                   # a multiple of 128
-    "Positions of the loss at a time: 2**27 logits, fewer if 16 bytes for each are more than a quarter of the room; as `PackedStep.fit_loss`."
+    "Positions of the loss at a time: 2**27 logits, fewer if 16 bytes for each are more than a quarter of the room; as `PackedStep.fit_loss_chunk`."
     return max(128, int(min(2**27, max(0, room) // 64)) // vocab // 128 * 128)
 
 # %% ../../../nbs/plan/memory/03_packed_step.ipynb #c410296a
