@@ -13,7 +13,7 @@ from homelab_ft.data.tokenize import make_cache, save_cache
 from homelab_ft.io import read_jsonl
 from homelab_ft.train.engine import autotune as fast, memory_budget as fit, parity
 from homelab_ft.train.engine.features import Feature
-from homelab_ft.train import trainer as training, schedule as steps
+from homelab_ft.train import trainer as training
 from homelab_ft.train.engine.padded import PaddedStep
 from homelab_ft.train.engine.autotune import autotune
 from homelab_ft.train.engine.memory_budget import StepOptions
@@ -375,13 +375,13 @@ def test_the_host_does_not_wait_for_the_card_within_a_step(tmp_path, settings):
         if p.requires_grad: p.data = p.data.float()
     config = make_config(run_name='r', per_device_train_batch_size=2, max_length=64, packing=True, torch_compile=False, **settings)
     engine = fast.build_step(model, config, cache, 'cuda', 'bfloat16')
-    job = steps.TrainerContext(create_run(config, tmp_path), config, model, engine, steps.make_optimizer(model, config), cache, None, steps.State(total_steps=20, peak=1e-3), None)
-    for _ in range(4): steps.train_step(job)          # AdamW's states come into being
+    job = training.TrainerContext(create_run(config, tmp_path), config, model, engine, training.make_optimizer(model, config), cache, None, training.TrainState(total_steps=20, peak_lr=1e-3), None)
+    for _ in range(4): training.train_step(job)          # AdamW's states come into being
     torch.cuda.set_sync_debug_mode('error')
     try:
-        for _ in range(3): steps.train_step(job)
+        for _ in range(3): training.train_step(job)
     finally: torch.cuda.set_sync_debug_mode('default')
     assert len(job.pending) == 1 and engine.features.cuda_graph == (Feature(False, 'switched off') if settings else Feature(True))
-    steps.read_losses(job, 0)
+    training.read_losses(job, 0)
     losses = [r['loss'] for r in read_jsonl(job.run.metrics_path)]
     assert len(losses) == 7 and all(0 < x < 10 for x in losses)
