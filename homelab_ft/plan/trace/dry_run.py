@@ -24,7 +24,7 @@ from ...config import RunConfig, make_config
 from ...train.engine.ops import varlen_attention as attention, checkpointing as recompute, offload as shelf
 from ...train.engine.ops.device import DevicePort
 from ...train.engine import padded as engine, packing, packed as rows
-from ...train import schedule as steps
+from ...train import trainer
 from ...train.engine.features import Feature, features_json
 from ...train.engine.memory_budget import StepOptions
 from .fake_model import fill, meta_model, dequantized_weight
@@ -94,7 +94,7 @@ def gpu_patches(
     found = [patch.object(DevicePort, 'send', lambda self, tensor, device: _hollow(tensor)),
              patch.object(masking_utils, 'find_packed_sequence_indices', lambda position_ids: None),
              patch.object(recompute, 'is_prenorm_block', _real(recompute.is_prenorm_block)),
-             patch.object(steps, 'read_losses', lambda job, leave: None),
+             patch.object(trainer, 'read_losses', lambda job, leave: None),
              patch.object(shelf.OffloadedTensor, '__init__', _in_host_memory(witness, shelf.OffloadedTensor.__init__)),
              patch.object(bitsandbytes, 'matmul', _int8_matmul),
              patch.object(dora, 'dequantize_module_weight', dequantized_weight)]
@@ -131,7 +131,7 @@ def _pretend_kernels(witness, made):
 # %% ../../../nbs/plan/trace/06_dry_run.ipynb #c10c1d53
 def _make_optimizer(witness, model, config):
     "The optimizer of a run; before its step it names gradients, after it states."
-    made = _real(steps.make_optimizer)(model, config)
+    made = _real(trainer.make_optimizer)(model, config)
     if hasattr(made, 'fill_qmap'): _pretend_kernels(witness, made)
     trained = [p for g in made.param_groups for p in g['params']]
     def begins(*_):
@@ -231,14 +231,14 @@ def make_job(
     model,                  # filled
     config: RunConfig,      # settings of a run
     scene: DryRunSpec,           # what is rehearsed
-) -> steps.TrainerContext:
+) -> trainer.TrainerContext:
     "What `train_step` wants, with random rows and no run folder: two steps, of at most two passes each."
     lengths, passes = _lengths(config, scene), min(2, config.gradient_accumulation_steps)
     cache = packing.RandomSequences(lengths * passes * 2, _share(lengths, scene.shape), model.config.vocab_size)
     step, made = _make_step(witness, model, config, scene), _make_optimizer(witness, model, config)
     _name_gradients(witness, [p for g in made.param_groups for p in g['params']])
     taken = config.model_copy(update=dict(per_device_train_batch_size=len(lengths), gradient_accumulation_steps=passes, packing=False))
-    return steps.TrainerContext(None, taken, model, step, made, cache, None, steps.State(total_steps=2, peak=1e-4), None)
+    return trainer.TrainerContext(None, taken, model, step, made, cache, None, trainer.TrainState(total_steps=2, peak_lr=1e-4), None)
 
 # %% ../../../nbs/plan/trace/06_dry_run.ipynb #79e37c32
 def rehearse(
@@ -256,7 +256,7 @@ def rehearse(
         job = make_job(witness, model, config, scene)
         for witness.step in (1, 2):
             witness.mark('forward')
-            steps.train_step(job)
+            trainer.train_step(job)
     return witness, job
 
 # %% ../../../nbs/plan/trace/06_dry_run.ipynb #cc7feca2
@@ -266,7 +266,7 @@ def told(
 ) -> dict:                  # for JSON
     "What a rehearsal has to say."
     host = max(accumulate(n for n, _ in witness.host.events), default=0)
-    return dict(book=asdict(witness.book), host=host, features=features_json(job.engine.features))
+    return dict(book=asdict(witness.book), host=host, features=features_json(job.step.features))
 
 # %% ../../../nbs/plan/trace/06_dry_run.ipynb #3fc1ad80
 def _one(
