@@ -48,7 +48,7 @@ def test_speed_is_known_only_where_it_was_measured():
         for method in METHODS:
             speed = tokens_per_second(card, SHAPES['Llama-3.1-8B'], 4096, method)
             assert (speed is None) == bool(why_no_speed(card, method)) == (not card.bf16_tflops or method not in ('lora', 'qlora'))
-    assert tokens_per_second(find_gpu('h200'), SHAPES['Llama-3.1-8B'], 4096, 'lora', 'plain: rows are padded') is None
+    assert tokens_per_second(find_gpu('h200'), SHAPES['Llama-3.1-8B'], 4096, 'lora', 'padded') is None
 
 
 @few
@@ -75,7 +75,7 @@ def test_an_unknown_setting_is_not_passed_over():
 # ---------------------------------------------------------------- fit
 
 def check(choice, limit, margin=0.05):
-    assert isinstance(choice, Choice) and choice.memory.needed <= limit * (1 - margin)
+    assert isinstance(choice, Choice) and choice.memory.min_required <= limit * (1 - margin)
     assert choice.what_it_gives_up and make_config(**choice.settings).method == choice.method
 
 
@@ -84,7 +84,7 @@ def check(choice, limit, margin=0.05):
 def test_what_is_offered_fits(name, gib, lengths, batch):
     for c in fit(gib * GiB, SHAPES[name], lengths, batch):
         check(c, gib * GiB)
-        again = estimate(SHAPES[name], c.method, batch_size=c.per_device_train_batch_size, length=c.max_length, optim=c.optim, policies=c.policies,
+        again = estimate(SHAPES[name], method=c.method, batch_size=c.per_device_train_batch_size, length=c.max_length, optim=c.optim, policies=c.policies,
                          gradient_accumulation_steps=c.gradient_accumulation_steps)
         assert c.memory.peak <= again.peak       # the loss may take fewer positions at a time
         assert c.shortened == sum(n > c.max_length for n in lengths) and (c.packing or c.per_device_train_batch_size * c.gradient_accumulation_steps == batch)
@@ -184,7 +184,7 @@ def test_the_largest_model_grows_with_the_card(gib, more):
 def test_the_map_holds_the_same_numbers_and_its_line_parts_them():
     shape, limit, lengths, batches = SHAPES['Llama-3.1-8B'], 16 * GiB, [512, 2048, 8192, 32768], [1, 2, 4]
     peaks = length_batch_map(limit, shape, lengths, batches, method='qlora')
-    assert all(peaks[i, j] == estimate_with_checkpointing(shape, limit, method='qlora', length=n, batch_size=b).needed for i, n in enumerate(lengths) for j, b in enumerate(batches))
+    assert all(peaks[i, j] == estimate_with_checkpointing(shape, limit, method='qlora', length=n, batch_size=b).min_required for i, n in enumerate(lengths) for j, b in enumerate(batches))
     fits = peaks <= 0.95 * limit
     x, y = _frontier(fits)
     assert list(y[::2] + 0.5) == fits.sum(axis=0).tolist() and x[0] == -0.5 and x[-1] == len(batches) - 0.5
@@ -274,9 +274,4 @@ def test_a_card_of_this_machine_is_used(monkeypatch, tmp_path):
     (tmp_path / 'probes.json').write_text('{"A card": {"correction": 300000000}, "Another": {"correction": 7}}')      # and its context is larger than elsewhere
     (here, chosen), (there, usual) = autoconfigure(config, [2048]), autoconfigure(config, [2048], 12 * GiB)
     assert autoconfigure(config, [2048], 12 * GiB, 300_000_000) == (here, chosen) and here == there
-    assert estimate_for(here, SHAPES['Llama-3.1-8B'], correction=300_000_000).peak - estimate_for(here, SHAPES['Llama-3.1-8B']).peak == 300_000_000
-
-
-def test_long_answers_are_planned_for():
-    short, long = (autoconfigure(make_config(model='Llama-2-7B', max_length=512, max_new_tokens=n), [512], 40 * GiB)[1] for n in (16, 3000))
-    assert long.memory.phases['generation']['activations'] > short.memory.phases['generation']['activations'] + GiB
+    assert estimate_for(here, SHAPES['Llama-3.1-8B'], overhead_offset=300_000_000).peak - estimate_for(here, SHAPES['Llama-3.1-8B']).peak == 300_000_000

@@ -11,7 +11,8 @@ from transformers import (AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM,
                           Qwen3ForCausalLM)
 
 from homelab_ft.train.engine.ops import varlen_attention as attention
-from homelab_ft.train.engine.ops.varlen_attention import GROUPED, NAME, attend, even_attention, fastest_kernel, masked_attention, row_mask, use_varlen_attention, varlen_attention, why_stock_attention
+from homelab_ft.train.engine.ops.varlen_attention import SUPPORTS_GQA, NAME, attend, batched_attention, time_kernels, masked_attention, block_causal_mask, use_varlen_attention, varlen_attention, unsupported_attention
+from homelab_ft.train.engine.ops.device import DevicePort
 from homelab_ft.train.engine.padded import accumulate, mean_nll
 from homelab_ft.train.engine.batching import collate
 from homelab_ft.train.engine.packing import collate_packed, bucket_shape
@@ -47,8 +48,8 @@ def flat(cache, grain=16, device='cpu'):
 
 
 def flat_loss(model, b, longest, even=False):
-    hidden = model.base_model(input_ids=b['input_ids'], position_ids=b['position_ids'], use_cache=False, cu_seqlens=b['cu_seqlens'], longest=longest,
-                              even=even).last_hidden_state[0]
+    hidden = model.base_model(input_ids=b['input_ids'], position_ids=b['position_ids'], use_cache=False, cu_seqlens=b['cu_seqlens'], max_seq_len=longest,
+                              equal_lengths=even).last_hidden_state[0]
     return (F.cross_entropy(model.lm_head(hidden[b['at']]).float(), b['targets'], reduction='none') * b['weights']).sum()
 
 
@@ -81,7 +82,7 @@ def cuts_of(lengths): return torch.tensor([0, *np.cumsum(lengths).tolist()], dty
 def test_the_mask_by_brute_force(lengths, window):
     row = [i for i, n in enumerate(lengths) for _ in range(n)]
     seen = [[row[i] == row[j] and 0 <= i - j and (window < 0 or i - j <= window) for j in range(len(row))] for i in range(len(row))]
-    assert row_mask(cuts_of(lengths), len(row), window).tolist() == seen
+    assert block_causal_mask(cuts_of(lengths), len(row), window).tolist() == seen
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(-1, 5), st.integers(0, 99))
@@ -100,7 +101,7 @@ def test_masked_attention_is_the_formula_row_by_row(lengths, window, seed):
 @pytest.mark.parametrize('length', [1, 4, 12])
 def test_parity_of_the_rectangle_with_the_mask(length):
     a, b = tensors(12), tensors(12)
-    outs = even_attention(*a, length, 0.3), masked_attention(*b, torch.arange(0, 13, length, dtype=torch.int32), 0.3)
+    outs = batched_attention(*a, length, 0.3), masked_attention(*b, torch.arange(0, 13, length, dtype=torch.int32), 0.3)
     for out in outs: out.square().sum().backward()
     assert outs[0].shape == (12, 4, 8) and (outs[0] - outs[1]).abs().max() < 1e-6
     assert all((x.grad - y.grad).norm() <= 1e-5 * max(1, y.grad.norm()) for x, y in zip(a, b))
@@ -109,7 +110,7 @@ def test_parity_of_the_rectangle_with_the_mask(length):
 def test_values_may_be_narrower_than_keys():
     q, k, _ = tensors(12)
     v = torch.randn(12, 2, 6)
-    even, masked = even_attention(q, k, v, 4, 0.3), masked_attention(q, k, v, torch.tensor([0, 4, 8, 12]), 0.3)
+    even, masked = batched_attention(q, k, v, 4, 0.3), masked_attention(q, k, v, torch.tensor([0, 4, 8, 12]), 0.3)
     assert even.shape == masked.shape == (12, 4, 6) and (even - masked).abs().max() < 1e-6
 
 
@@ -120,7 +121,7 @@ def test_what_the_variable_length_kernel_is_told(monkeypatch, grouped):
         told.update(more, heads=k.shape[1], rest=rest)
         return q
     monkeypatch.setattr(attention, 'varlen_attn', fake)
-    monkeypatch.setattr(attention, 'GROUPED', grouped)
+    monkeypatch.setattr(attention, 'SUPPORTS_GQA', grouped)
     cuts = cuts_of([5, 3])
     varlen_attention(*tensors(8), cuts, 5, 0.3, window=2)
     assert told.pop('rest') == (cuts, cuts, 5, 5)
@@ -129,17 +130,17 @@ def test_what_the_variable_length_kernel_is_told(monkeypatch, grouped):
 
 def test_grouped_is_read_off_pytorch():
     version = tuple(int(x) for x in torch.__version__.split('+')[0].split('.')[:2])
-    assert GROUPED == (version >= (2, 12))
+    assert SUPPORTS_GQA == (version >= (2, 12))
 
 
 @pytest.mark.parametrize('kernel', ['FLASH_ATTENTION', 'CUDNN_ATTENTION', 'varlen', 'sdpa'])
 def test_a_preferred_kernel_changes_speed_only_and_only_inside(kernel):
     flags = lambda: [getattr(torch.backends.cuda, f'{k}_sdp_enabled')() for k in ('flash', 'cudnn', 'mem_efficient', 'math')]
     before, qkv = flags(), tensors(12)
-    out = even_attention(*qkv, 4, 0.3)
+    out = batched_attention(*qkv, 4, 0.3)
     with attention.prefer(kernel):
         assert flags() == ([True, kernel == 'CUDNN_ATTENTION', True, True] if kernel.isupper() else before)
-        assert (even_attention(*qkv, 4, 0.3) - out).abs().max() < 1e-6
+        assert (batched_attention(*qkv, 4, 0.3) - out).abs().max() < 1e-6
     assert flags() == before
 
 
@@ -150,19 +151,19 @@ def call(q, k, v, **more):
     return attend(layer, *(t.transpose(0, 1)[None] for t in (q, k, v)), None, **more)[0]
 
 
-@pytest.mark.parametrize('even, window, on_card, expected', [(False, None, False, 'masked'), (True, None, False, 'even'), (True, 4, False, 'masked'), (True, 8, False, 'even'),
-                                                             (False, None, True, 'varlen'), (True, None, True, 'even'), (True, 4, True, 'varlen')])
+@pytest.mark.parametrize('even, window, on_card, expected', [(False, None, False, 'masked'), (True, None, False, 'batched'), (True, 4, False, 'masked'), (True, 8, False, 'batched'),
+                                                             (False, None, True, 'varlen'), (True, None, True, 'batched'), (True, 4, True, 'varlen')])
 def test_which_way_is_taken(monkeypatch, even, window, on_card, expected):
     taken = []
-    for name in ('masked', 'even', 'varlen'): monkeypatch.setattr(attention, f'{name}_attention', lambda q, *_, name=name: taken.append(name) or q)
-    monkeypatch.setattr(attention, '_flash_takes', lambda q, v: on_card)
-    call(*tensors(24), cu_seqlens=cuts_of(EVEN), longest=8, even=even, sliding_window=window)
+    for name in ('masked', 'batched', 'varlen'): monkeypatch.setattr(attention, f'{name}_attention', lambda q, *_, name=name: taken.append(name) or q)
+    monkeypatch.setattr(DevicePort, 'has_flash_attention', lambda self, q, v: on_card)
+    call(*tensors(24), cu_seqlens=cuts_of(EVEN), max_seq_len=8, equal_lengths=even, sliding_window=window)
     assert taken == [expected]
 
 
 def test_a_window_counts_the_token_itself_and_longest_may_be_left_out():
     q, k, v = tensors(12)
-    for more in (dict(longest=7), {}):
+    for more in (dict(max_seq_len=7), {}):
         out = call(q, k, v, cu_seqlens=cuts_of([7, 5]), sliding_window=3, scaling=0.3, **more)
         assert (out[0] - masked_attention(q, k, v, cuts_of([7, 5]), 0.3, window=2)).abs().max() < 1e-6
 
@@ -179,7 +180,7 @@ def test_arguments_that_change_attention_are_refused(more):
 def test_parity_of_loss_and_gradient_with_stock_sdpa_on_padded_rows(name, lengths):
     model, cache = toy(name), PackedStep(lengths)
     loss, expected = stock(model, cache)
-    assert model.config._attn_implementation == 'sdpa' and why_stock_attention(model) == ''
+    assert model.config._attn_implementation == 'sdpa' and unsupported_attention(model) == ''
     use_varlen_attention(model)
     for grain, even in ((16, False), (1, False), *([(1, True)] if lengths is EVEN else [])):
         got = flat_loss(model, flat(cache, grain), max(lengths), even)
@@ -193,7 +194,7 @@ def test_the_filling_changes_nothing_and_is_defined():
     losses = []
     for grain in (1, 16, 64):
         b = flat(cache, grain)
-        hidden = model.base_model(input_ids=b['input_ids'], position_ids=b['position_ids'], use_cache=False, cu_seqlens=b['cu_seqlens'], longest=13).last_hidden_state
+        hidden = model.base_model(input_ids=b['input_ids'], position_ids=b['position_ids'], use_cache=False, cu_seqlens=b['cu_seqlens'], max_seq_len=13).last_hidden_state
         assert hidden.isfinite().all()
         losses.append(flat_loss(model, b, 13).item())
     assert max(losses) - min(losses) < 1e-6
@@ -248,7 +249,7 @@ def test_a_model_set_back_to_sdpa_is_itself_again():
     use_varlen_attention(model)
     model.config._attn_implementation = 'sdpa'
     assert torch.equal(model(input_ids=ids).logits, before)
-    kept = attention._finished_mask(model.base_model, (), dict(cu_seqlens=torch.zeros(2), attention_mask=None))
+    kept = attention.skip_mask_creation(model.base_model, (), dict(cu_seqlens=torch.zeros(2), attention_mask=None))
     assert kept[1]['attention_mask'] is None
 
 
@@ -256,38 +257,38 @@ def test_a_model_set_back_to_sdpa_is_itself_again():
 
 def test_models_that_are_refused_by_name():
     small = lambda config, model, **more: model(config(**SMALL, **more))
-    assert why_stock_attention(small(Gemma2Config, Gemma2ForCausalLM, head_dim=8)) == 'the model sets attn_logit_softcapping'
-    assert why_stock_attention(small(GptOssConfig, GptOssForCausalLM, head_dim=8, num_local_experts=2, num_experts_per_tok=1)) == 'the model has attention sinks'
-    assert why_stock_attention(small(Lfm2Config, Lfm2ForCausalLM, layer_types=['conv', 'full_attention'])) == 'the model has layers of type conv'
-    assert why_stock_attention(toy('llama', attention_dropout=0.1)) == 'the model sets attention_dropout'
+    assert unsupported_attention(small(Gemma2Config, Gemma2ForCausalLM, head_dim=8)) == 'the model sets attn_logit_softcapping'
+    assert unsupported_attention(small(GptOssConfig, GptOssForCausalLM, head_dim=8, num_local_experts=2, num_experts_per_tok=1)) == 'the model has attention sinks'
+    assert unsupported_attention(small(Lfm2Config, Lfm2ForCausalLM, layer_types=['conv', 'full_attention'])) == 'the model has layers of type conv'
+    assert unsupported_attention(toy('llama', attention_dropout=0.1)) == 'the model sets attention_dropout'
 
 
 def test_settings_that_are_refused():
     model = toy('llama')
     for name in ('attention_chunk_size', 'use_bidirectional_attention'):
         setattr(model.config, name, 4)
-        assert why_stock_attention(model) == f'the model sets {name}'
+        assert unsupported_attention(model) == f'the model sets {name}'
         setattr(model.config, name, None)
     model.config.is_causal = False
-    assert why_stock_attention(model) == 'the model looks ahead'
-    assert why_stock_attention(torch.nn.Linear(2, 2)) == 'Linear takes no attention function from outside'
+    assert unsupported_attention(model) == 'the model is not causal'
+    assert unsupported_attention(torch.nn.Linear(2, 2)) == 'Linear takes no attention function from outside'
 
 
 def test_layers_that_differ_are_refused():
     stub = SimpleNamespace(_supports_attention_backend=True, config=SimpleNamespace(is_heterogeneous=True), named_parameters=list)
-    assert why_stock_attention(stub) == "the model's layers have different settings"
+    assert unsupported_attention(stub) == "the model's layers have different settings"
 
 
 @pytest.mark.parametrize('capability, reason', [((7, 5), 'older than Ampere'), ((8, 0), ''), ((8, 9), ''), ((12, 0), '')])
 def test_cards_without_flash_attention_are_refused(monkeypatch, capability, reason):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
     stub = SimpleNamespace(_supports_attention_backend=True, config=SimpleNamespace(), named_parameters=list, device=torch.device('cuda', 0))
-    assert (reason in why_stock_attention(stub)) if reason else why_stock_attention(stub) == ''
+    assert (reason in unsupported_attention(stub)) if reason else unsupported_attention(stub) == ''
 
 
 def test_the_embedded_model_may_be_laid_end_to_end():
     from homelab_ft.core import embedded_model
-    assert why_stock_attention(AutoModelForCausalLM.from_pretrained(embedded_model())) == ''
+    assert unsupported_attention(AutoModelForCausalLM.from_pretrained(embedded_model())) == ''
 
 
 # ---------------------------------------------------------------- on a card
@@ -321,9 +322,9 @@ def test_parity_of_bf16_models_on_a_card(name):
 
 @card
 def test_kernels_are_timed_on_a_card():
-    found = fastest_kernel((4, 2), 64, 2, 128, torch.bfloat16)
+    found = time_kernels((4, 2), 64, 2, 128, torch.bfloat16)
     assert found and set(found) <= {'FLASH_ATTENTION', 'CUDNN_ATTENTION'} and list(found.values()) == sorted(found.values()) and min(found.values()) > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a card')
-def test_without_a_card_no_kernel_is_timed(): assert fastest_kernel((4, 2), 8, 2, 16, torch.bfloat16) == {}
+def test_without_a_card_no_kernel_is_timed(): assert time_kernels((4, 2), 8, 2, 16, torch.bfloat16) == {}

@@ -61,7 +61,7 @@ def test_what_is_mended_never_hides_why_a_recording_broke_off(monkeypatch, ended
     for name, stand_in in dict(graph=recording, CUDAGraph=lambda: 'graph', set_stream=lambda s: done.append(s.device_index),
                                current_stream=lambda: SimpleNamespace(device_index=3)).items(): monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(module, '_once', lambda step, batch, after: warm.pop() if warm else step(batch))
-    lane = SimpleNamespace(pool=SimpleNamespace(id=(0, 7)), stream='its own', taken=nullcontext, broken=False)
+    lane = SimpleNamespace(pool=SimpleNamespace(id=(0, 7)), stream='its own', active=nullcontext, broken=False)
     monkeypatch.setattr(module, '_leave_pool', lambda card, pool: (done.append((card, pool)), broken()))
     monkeypatch.setattr(module, '_mend_random', lambda card: (done.append('random'), broken()))
     def asks(batch): raise RuntimeError('operation not permitted when stream is capturing')
@@ -108,7 +108,7 @@ def test_parity_of_replays_in_two_shapes_of_one_pool():
     want = {key: plain(step, batch(*key), parameters) for key in [(64, 1), (16, 2), (64, 3, 40), (16, 4)]}
     for p in parameters: p.grad = torch.zeros_like(p)
     graphs = {64: StepGraph(step, on_card(batch(64, 0)))}
-    graphs[16] = StepGraph(step, on_card(batch(16, 0)), graphs[64].lane)
+    graphs[16] = StepGraph(step, on_card(batch(16, 0)), graphs[64].capture_stream)
     places = [p.grad.data_ptr() for p in parameters]
     for key, (loss, grads) in want.items():
         for p in parameters: p.grad.zero_()
@@ -174,9 +174,9 @@ def test_after_a_recording_that_broke_off_others_are_replayed_and_made():
     step, batch, parameters = parts()
     want = {n: plain(step, batch(n, 1), parameters) for n in (64, 16)}
     earlier, grads = StepGraph(step, on_card(batch(64, 0))), [p.grad for p in parameters]
-    for lane in (None, earlier.lane): break_off(step, on_card(batch(32, 0)), lane)
-    assert earlier.lane.broken
-    with earlier.lane.taken(): plain(step, batch(48, 1), parameters)
+    for lane in (None, earlier.capture_stream): break_off(step, on_card(batch(32, 0)), lane)
+    assert earlier.capture_stream.broken
+    with earlier.capture_stream.active(): plain(step, batch(48, 1), parameters)
     for p, g in zip(parameters, grads): p.grad = g
     later = StepGraph(step, on_card(batch(16, 0)))
     for _ in range(2):
@@ -208,8 +208,8 @@ def test_passes_on_a_lane_share_their_memory_and_turns_are_taken():
     def recorded(n, lane=None): return StepGraph(step, dict(x=torch.ones(n, device='cuda')), lane)
     large = recorded(64)
     held = torch.cuda.memory_reserved()
-    small = recorded(48, large.lane)
-    with large.lane.taken(): step(dict(x=torch.ones(56, device='cuda'))).backward()
+    small = recorded(48, large.capture_stream)
+    with large.capture_stream.active(): step(dict(x=torch.ones(56, device='cuda'))).backward()
     assert torch.cuda.memory_reserved() - held < 64 * 2**20                    # the passes take 500 MiB and more
     for factor in (1., 2., 3.):
         w.grad.zero_()

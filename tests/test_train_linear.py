@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from homelab_ft.train.engine.ops import fused_lora as linear
-from homelab_ft.train.engine.ops.fused_lora import dequantize, quant_tensors, fuse, lora_linear, lora_linear_backward, unfuse, why_stock
+from homelab_ft.train.engine.ops.fused_lora import dequantize, quant_tensors, fuse, lora_linear, lora_linear_backward, unfuse, unsupported_reason
 
 KINDS = [('', False), ('nf4', False), ('nf4', True), ('fp4', False), ('fp4', True)]
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no card')
@@ -135,7 +135,7 @@ def test_parity_of_a_whole_model(quant):
         return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
     wanted = gradients()
     assert fuse(model) == {}
-    assert sum(hasattr(m, 'stock_class') for m in model.modules()) == 14
+    assert sum(hasattr(m, 'peft_class') for m in model.modules()) == 14
     assert distance(gradients(), wanted) < 1e-5
     unfuse(model)
     assert distance(gradients(), wanted) == 0
@@ -249,7 +249,7 @@ def wrapped(layer): return get_peft_model(torch.nn.Sequential(layer).requires_gr
     (lambda: changed(packing_format_for_cpu=True), 'a weight of unknown packing')])
 def test_what_stays_and_why(make, reason):
     model = make()
-    assert why_stock(adapter(model)) == reason
+    assert unsupported_reason(adapter(model)) == reason
     before = type(adapter(model))
     assert fuse(model) == {reason: 1}
     assert type(adapter(model)) is before and not hasattr(adapter(model), '_frozen')
@@ -264,7 +264,7 @@ def test_trained_base_weights_stay():
 def test_a_bare_byte_matrix_stays():
     model = toy()
     adapter(model).base_layer.weight = torch.nn.Parameter(torch.zeros(64, 128, dtype=torch.uint8), requires_grad=False)
-    assert why_stock(adapter(model)) == 'a weight of unknown packing'
+    assert unsupported_reason(adapter(model)) == 'a weight of unknown packing'
 
 
 def test_some_fused_some_not():
@@ -272,7 +272,7 @@ def test_some_fused_some_not():
     up = model.get_submodule('base_model.model.model.layers.0.mlp.up_proj')
     up.lora_dropout['default'] = torch.nn.Dropout(0.1)
     assert fuse(model) == {'lora_dropout is above 0': 1}
-    assert sum(hasattr(m, 'stock_class') for m in model.modules()) == 13
+    assert sum(hasattr(m, 'peft_class') for m in model.modules()) == 13
 
 
 # ---- in the place of peft's class
@@ -294,7 +294,7 @@ def test_fusing_twice_is_fusing_once():
     model = toy('nf4')
     kind = type(adapter(model))
     fuse(model), fuse(model)
-    assert type(adapter(model)).stock_class is kind and type(adapter(model)).__name__ == 'FusedLinear4bit'
+    assert type(adapter(model)).peft_class is kind and type(adapter(model)).__name__ == 'FusedLinear4bit'
     unfuse(model), unfuse(model)
     assert type(adapter(model)) is kind
     model(torch.randn(2, 128))
@@ -303,7 +303,7 @@ def test_fusing_twice_is_fusing_once():
 def test_layers_of_one_kind_share_a_class():
     model = llama()
     fuse(model)
-    assert len({type(m) for m in model.modules() if hasattr(m, 'stock_class')}) == 1
+    assert len({type(m) for m in model.modules() if hasattr(m, 'peft_class')}) == 1
 
 
 def test_a_copy_works_by_itself():
@@ -338,7 +338,7 @@ def test_parity_when_disabled_or_merged(kind):
         with model.disable_adapter(): assert torch.equal(model(x), wanted)
         torch.testing.assert_close(model(x), on)
         model.merge_adapter()
-        assert why_stock(adapter(model)) == 'several adapters, or a merged one'
+        assert unsupported_reason(adapter(model)) == 'several adapters, or a merged one'
         assert torch.equal(model(x), adapter(model).base_layer(x))
         with model.disable_adapter(): model(x)      # peft unmerges here
         torch.testing.assert_close(model(x), on)
@@ -353,7 +353,7 @@ def test_parity_with_two_adapters():
     torch.nn.init.normal_(adapter(model).lora_B['other'].weight)
     model.base_model.set_adapter(['default', 'other'])
     both = model(x)
-    assert why_stock(adapter(model)) == 'several adapters, or a merged one'
+    assert unsupported_reason(adapter(model)) == 'several adapters, or a merged one'
     model.set_adapter('other')
     other = model(x)
     torch.testing.assert_close(both + adapter(model).base_layer(x), first + other)
@@ -367,7 +367,7 @@ def test_parity_with_two_adapters():
 def test_a_missing_adapter_stays():
     model = toy()
     adapter(model)._active_adapter = ['nobody']
-    assert why_stock(adapter(model)) == 'no matrices of the active adapter'
+    assert unsupported_reason(adapter(model)) == 'no matrices of the active adapter'
 
 
 # ---- on a card

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from homelab_ft.train.engine.ops.chunked_loss import ChunkedLoss, chunk_loss, chunk_size, chunked_loss
+from homelab_ft.train.engine.ops.chunked_loss import chunk_loss, chunk_size, chunked_loss
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no card')
 
@@ -177,11 +177,6 @@ def test_no_second_derivative():
     factor = torch.ones((), requires_grad=True)
     first, = torch.autograd.grad(chunked_loss(hidden, weight, targets, weights) * factor, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match='once_differentiable'): first.sum().backward()
-
-
-def test_apply_is_what_chunked_loss_calls():
-    hidden, weight, targets, weights = case(9, 20)
-    assert ChunkedLoss.apply(hidden, weight, targets, weights, 4, 0., chunk_loss) == chunked_loss(hidden, weight, targets, weights, chunk=4)
 
 
 # ---- on a card

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from homelab_ft.train.engine.ops import checkpointing as recompute
-from homelab_ft.train.engine.ops.checkpointing import POLICIES, CheckpointedLayer, Tiled, require_grad_view, is_prenorm_block, restore
+from homelab_ft.train.engine.ops.checkpointing import POLICIES, CheckpointedLayer, ChunkedMLP, require_grad_view, is_prenorm_block, restore
 from homelab_ft.train.engine.ops.offload import OffloadedTensor, ActivationOffloader
 
 MIXTURE = ['none', 'mlp', 'layer', 'offload']
@@ -148,7 +148,7 @@ def test_parity_of_tiles_with_dropout_within_a_layer_run_twice():
 
     def layer(x):
         h = x + drop(x, .5)
-        return Tiled.apply(h, lambda part: part * drop(part, .5), 4, True, not torch.is_grad_enabled())
+        return ChunkedMLP.apply(h, lambda part: part * drop(part, .5), 4, True, not torch.is_grad_enabled())
 
     x = torch.randn(1, 11, 3, requires_grad=True)
     torch.manual_seed(0)
@@ -164,7 +164,7 @@ def test_parity_of_tiles_with_dropout_within_a_layer_run_twice():
 def test_a_pass_can_go_back_twice_where_inputs_stay_on_the_card():
     torch.manual_seed(0)
     x = torch.ones(1, 9, 3, requires_grad=True)
-    y = Tiled.apply(x, lambda part: torch.nn.functional.dropout(part, .5), 4)
+    y = ChunkedMLP.apply(x, lambda part: torch.nn.functional.dropout(part, .5), 4)
     y.sum().backward(retain_graph=True)
     first, x.grad = x.grad, None
     y.sum().backward()
@@ -286,7 +286,7 @@ def test_a_second_run_leaves_the_random_numbers_alone():
 
 def test_tiles_with_dropout_strike_out_the_same_values_again():
     x = torch.ones(2, 11, 3, requires_grad=True)
-    y = Tiled.apply(x, lambda x: torch.nn.functional.dropout(x, .5), 4)
+    y = ChunkedMLP.apply(x, lambda x: torch.nn.functional.dropout(x, .5), 4)
     y.sum().backward()
     assert torch.equal(x.grad, y) and 0 < (y == 0).sum() < y.numel()
 
@@ -326,7 +326,7 @@ def test_parity_of_tiles_that_never_hold_more_than_they_may(tokens, tile, rows):
     y = mlp(x)
     want = torch.autograd.grad(y.square().sum(), [x, *mlp.parameters()])
     seen.clear()
-    z = Tiled.apply(x, mlp, tile)
+    z = ChunkedMLP.apply(x, mlp, tile)
     z.square().sum().backward()
     assert torch.allclose(y, z, atol=1e-6) and distance([x.grad, *(p.grad for p in mlp.parameters())], want) <= 1e-5
     assert max(seen) <= tile and sum(seen) == 2 * tokens
@@ -334,8 +334,8 @@ def test_parity_of_tiles_that_never_hold_more_than_they_may(tokens, tile, rows):
 
 def test_tiles_take_the_type_that_the_mlp_gives():
     x = torch.randn(1, 5, 3, requires_grad=True)
-    assert Tiled.apply(x, lambda x: x.double() * 2, 2).dtype == torch.float64
-    assert Tiled.apply(x, lambda x: x.sum(-1, keepdim=True), 2).shape == (1, 5, 1)
+    assert ChunkedMLP.apply(x, lambda x: x.double() * 2, 2).dtype == torch.float64
+    assert ChunkedMLP.apply(x, lambda x: x.sum(-1, keepdim=True), 2).shape == (1, 5, 1)
 
 
 @pytest.mark.parametrize('policy, times', [('none', 1), ('mlp', 1), ('layer', 2), ('offload', 2)])
@@ -375,7 +375,7 @@ def test_a_layer_keeps_what_its_level_says():
     assert got == [counted + small, counted + small - 448, 64, 0]
 
 
-@pytest.mark.parametrize('policies, tile, words', [(['none', 'kept', 'mlp', 'layer'], 0, "policy 'kept' is not known; allowed: keep, mlp, layer, offload"),
+@pytest.mark.parametrize('policies, tile, words', [(['none', 'kept', 'mlp', 'layer'], 0, "policy 'kept' is not known; allowed: none, mlp, layer, offload"),
                                                  (['none'] * 3, 0, '3 policies for 4 layers'), (['none'] * 4, -5, 'tile is -5')])
 def test_nonsense_is_refused_and_changes_nothing(model, policies, tile, words):
     apply_policies(model.model.layers, ['layer'] * 4)

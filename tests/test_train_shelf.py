@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from homelab_ft.train.engine.ops.checkpointing import CheckpointedLayer
-from homelab_ft.train.engine.ops.offload import PIECE, OffloadedTensor, ActivationOffloader, _dense, _pieces
+from homelab_ft.train.engine.ops.offload import PINNED_CHUNK, OffloadedTensor, ActivationOffloader, _dense, _pieces
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no card')
 
@@ -75,9 +75,9 @@ def test_a_tensor_with_gaps_comes_back_without_them():
 
 
 def test_pieces_are_of_64_mib_and_leave_nothing_out():
-    for dtype, n in ((torch.bfloat16, PIECE // 2 * 2 + 3), (torch.float32, PIECE // 4), (torch.float32, 0)):
+    for dtype, n in ((torch.bfloat16, PINNED_CHUNK // 2 * 2 + 3), (torch.float32, PINNED_CHUNK // 4), (torch.float32, 0)):
         sizes = [len(p) for p in _pieces(torch.empty(n, dtype=dtype))]
-        assert sum(sizes) == n and all(k * dtype.itemsize == PIECE for k in sizes[:-1]) and sizes[-1] * dtype.itemsize <= PIECE
+        assert sum(sizes) == n and all(k * dtype.itemsize == PINNED_CHUNK for k in sizes[:-1]) and sizes[-1] * dtype.itemsize <= PINNED_CHUNK
 
 
 def test_room_is_never_exceeded_and_given_back():
@@ -153,7 +153,7 @@ def test_parity_of_remembered_attention_on_a_card(kind):
 
     def layer(x):
         if kind == 'varlen': return ours.varlen_attention(x, x, x, cu, 512, None)
-        with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, kind)): return ours.even_attention(x, x, x, 256, None)
+        with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, kind)): return ours.batched_attention(x, x, x, 256, None)
 
     got = []
     for room in (0, 10**9):

@@ -87,7 +87,7 @@ def test_what_is_asked_of_checkpointing_reaches_the_table_and_the_map(asked):
     lengths, batches, peaks = planner_map(state)
     for length, batch in ((2048, 4), (512, 1)):
         est = estimate(model_shape(state.model), method='lora', optim='adamw_8bit', length=length, batch_size=batch, gradient_checkpointing=asked == 'yes')
-        assert peaks[lengths.index(length), batches.index(batch)] == est.needed
+        assert peaks[lengths.index(length), batches.index(batch)] == est.min_required
     assert '<table' in ways_html(planner_estimate(state), state)
 
 
@@ -150,7 +150,7 @@ def test_both_pictures_take_the_same_peaks():
     shown = [t.text for t in svg_of(map_html(PlannerState())).iter('text')]
     assert [t.get_text() for t in ax.texts] == shown[1:1 + peaks.size]
     shape = model_shape('Llama-3.1-8B')
-    direct = [[estimate_with_checkpointing(shape, card_bytes('rtx-4090'), optim='adamw_8bit', length=n, batch_size=b).needed for b in batches] for n in lengths]
+    direct = [[estimate_with_checkpointing(shape, card_bytes('rtx-4090'), optim='adamw_8bit', length=n, batch_size=b).min_required for b in batches] for n in lengths]
     assert (peaks == np.array(direct)).all()
 
 
@@ -159,7 +159,7 @@ def test_both_pictures_take_the_same_peaks():
 def test_pairs_of_as_many_tokens_are_computed_once_where_only_tokens_count(shape, wishes):
     shape, lengths, batches = model_shape(shape), [96, 256, 768, 1024], [1, 3, 8]
     peaks = length_batch_map(8 * GiB, shape, lengths, batches, **wishes)
-    assert all(peaks[i, j] == estimate_with_checkpointing(shape, 8 * GiB, length=n, batch_size=b, **wishes).needed for (i, n), (j, b) in product(enumerate(lengths), enumerate(batches)))
+    assert all(peaks[i, j] == estimate_with_checkpointing(shape, 8 * GiB, length=n, batch_size=b, **wishes).min_required for (i, n), (j, b) in product(enumerate(lengths), enumerate(batches)))
 
 
 def test_colours_are_cividis():

@@ -22,7 +22,7 @@ from homelab_ft.io import now, write_json
 from homelab_ft.plan.memory.overhead import process_constants
 from homelab_ft.plan.model_shape import model_shape
 from homelab_ft.plan.trace.trace import trace
-from homelab_ft.plan.memory.estimate import _wishes, estimate
+from homelab_ft.plan.memory.estimate import EstimateSpec, estimate
 from homelab_ft.train.run_folder import versions
 
 from predict import reserved_bytes, tensors
@@ -89,7 +89,7 @@ def rule(row):
     def said(**constants):
         "The gaps that the closed form counts."
         with patch.dict(process_constants(), constants):
-            est = estimate(shape, **_wishes(config, 1.), policies=row['policies'], gradient_checkpointing=config.gradient_checkpointing is True)
+            est = estimate(shape, EstimateSpec.from_config(config), policies=row['policies'], gradient_checkpointing=config.gradient_checkpointing is True)
             return reserved_bytes(est, row['kind'] in ('compiled', 'int8'), config.method == 'int8') - tensors(est)
     return said
 

@@ -27,7 +27,7 @@ TARGETS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down
 
 def again(row):
     "The share of the layers that are computed again, in part or as a whole."
-    policies = row['paths']['recompute']
+    policies = row['features']['policies']
     return 1 - policies.get('none', 0) / sum(policies.values()) if policies else 0
 
 

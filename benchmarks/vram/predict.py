@@ -13,12 +13,12 @@ from homelab_ft.core import GiB
 from homelab_ft.config import make_config
 from homelab_ft.table import Table
 from homelab_ft.io import now, write_json
-from homelab_ft.plan.memory.packed_step import BUCKET_SIZE, padded
-from homelab_ft.plan.memory.inference import INFERENCE_PHASES
+from homelab_ft.plan.memory.spec import BUCKET_SIZE
 from homelab_ft.plan.memory.overhead import process_bytes
 from homelab_ft.plan.trace.memory_pools import held_layers, merged_bytes
+from homelab_ft.train.engine.packing import round_up
 from homelab_ft.plan.model_shape import model_shape
-from homelab_ft.plan.memory.estimate import _wishes, estimate
+from homelab_ft.plan.memory.estimate import EstimateSpec, estimate
 
 from traces import as_it_ran, fast, key, trained
 
@@ -36,7 +36,7 @@ def room(row, config):
 def merged(row, found):
     "Bytes of merged matrices that the step will hold."
     config = make_config(**row['settings'])
-    if config.method != 'qlora' or config.use_dora or not fast(row) or set(row['paths']['recompute']) != {'none'}: return 0
+    if config.method != 'qlora' or config.use_dora or not fast(row) or set(row['features']['policies']) != {'none'}: return 0
     shape = model_shape(config.model)
     each = merged_bytes(shape, config.target_modules)
     return each * held_layers(room(row, config), found['first_pass'], each, shape.num_hidden_layers)
@@ -44,43 +44,44 @@ def merged(row, found):
 
 def measured(row):
     "The three figures."
-    return dict(allocated=row['paths']['peak_bytes'] if fast(row) else row['allocated'], reserved=row['reserved'], process=row['process'])
+    return dict(allocated=row['features']['peak_bytes'] if fast(row) else row['allocated'], reserved=row['reserved'], process=row['process'])
 
 
 def reserved_bytes(est, compiled=True, eight_bits=False):
     "Of the process in an estimate, what PyTorch has: all but context and libraries."
-    return est.step_peak - process_bytes(0, est.policies, est.step == 'fast', compiled, eight_bits=eight_bits)
+    return est.peak - process_bytes(0, est.policies, est.step == 'packed', compiled, eight_bits=eight_bits)
 
 
 def tensors(est):
     "The peak of the steps in an estimate, without context, libraries and gaps."
-    return max(sum(parts.values()) - parts['overhead'] for name, parts in est.phases.items() if name not in INFERENCE_PHASES)
+    return max(sum(parts.values()) - parts['overhead'] for parts in est.phases.values())
 
 
 def first_pass(est):
     "The largest pass in an estimate, without the optimizer's states."
-    return max(sum(parts.values()) - parts['overhead'] - parts['optimizer'] for name, parts in est.phases.items() if name not in ('optimizer step', *INFERENCE_PHASES))
+    return max(sum(parts.values()) - parts['overhead'] - parts['optimizer'] for name, parts in est.phases.items() if name != 'optimizer step')
 
 
 def repeated(row, est):
     "Bytes of keys and values that PyTorch before 2.12 repeats for every query head, where rows of a pass differ in length; uncompiled layers keep them. The closed form is for later ones. Values that are part of a fused result keep it alive if they are not repeated."
     shape, config = model_shape(row['settings']['model']), make_config(**row['settings'])
     tokens = config.per_device_train_batch_size * config.max_length
-    if not fast(row) or row['paths']['compile'] == 'on' or tokens % BUCKET_SIZE == 0: return 0
+    if not fast(row) or row['features']['compile']['on'] or tokens % BUCKET_SIZE == 0: return 0
     q, k = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     more = q - 3 * k if 'qkv_proj' in shape.linears else 2 * (q - k)
-    return 2 * padded(tokens)[0] * more * (est.policies.get('none', 0) + est.policies.get('mlp', 0))
+    return 2 * round_up(tokens, BUCKET_SIZE) * more * (est.policies.get('none', 0) + est.policies.get('mlp', 0))
 
 
 def closed(row):
     "The three figures of the closed form; None where it has no terms for rows end to end."
     config, given = as_it_ran(row)
-    est = estimate(model_shape(config.model), **_wishes(config, 1.), policies=given['policies'], chunk=given.get('chunk', 0), full_logits='loss' not in row['paths'], tried=given.get('tried', False))
-    if fast(row) and est.step != 'fast': return None
+    est = estimate(model_shape(config.model), EstimateSpec.from_config(config), policies=given['policies'], loss_chunk=given.get('chunk', 0),
+                   full_logits=not row['features'].get('chunked_loss', {}).get('on'), after_failed_packing=given.get('tried', False))
+    if fast(row) and est.step != 'packed': return None
     more, compiled = repeated(row, est), config.torch_compile is not False
     first = first_pass(est) + more
     more += merged(row, dict(first_pass=first))
-    return dict(allocated=first if fast(row) else tensors(est), reserved=reserved_bytes(est, compiled, config.method == 'int8') + more, process=est.step_peak + more)
+    return dict(allocated=first if fast(row) else tensors(est), reserved=reserved_bytes(est, compiled, config.method == 'int8') + more, process=est.peak + more)
 
 
 def traced(row, found):
@@ -99,7 +100,7 @@ def predicted():
     "One entry per row."
     read = lambda name: json.loads((HERE / name).read_text())
     found, peers = read('traces.json'), {r['case']: r for r in read('peers.json')['rows']}
-    return [dict(case=r['case'], held_back=r['held_back'], settings=r['settings'], limit_gib=r['limit_gib'], padded=not fast(r), recompute=r['paths']['recompute'],
+    return [dict(case=r['case'], held_back=r['held_back'], settings=r['settings'], limit_gib=r['limit_gib'], padded=not fast(r), recompute=r['features']['policies'],
                  measured=measured(r), predicted=dict(trace=traced(r, found[key(r)]), **({'closed': said} if (said := closed(r)) else {}), **theirs(peers[r['case']]))) for r in read('measured.json')['rows']]
 
 

@@ -18,14 +18,14 @@ from ..hardware.gpu_catalog import Gpu, find_gpu
 from .search import Question, divisions, packings
 from ..hardware.machine import detect_machine
 from ..hardware.gpu import live_gpu
-from .memory.overhead import correction_for
+from .memory.overhead import overhead_offset_for
 from .model_shape import model_shape
 from .throughput import MEASURED, _check_numbers, _check_wishes, hours, pass_seconds, total_operations, why_no_speed
-from .memory.estimate import METHODS, MemoryEstimate, _wishes, estimate, estimate_with_checkpointing
+from .memory.estimate import METHODS, MemoryEstimate, EstimateSpec, estimate, estimate_with_checkpointing
 
 # %% ../../nbs/plan/06_autoconfigure.ipynb #f1d1fff8
-OF_ESTIMATE = ('method', 'lora_r', 'target_modules', 'optim', 'dtype', 'double_quant', 'label_share', 'padding_free', 'torch_compile', 'card',
-               'policies', 'gradient_checkpointing', 'max_new_tokens', 'correction', 'use_dora')
+OF_ESTIMATE = ('method', 'lora_r', 'target_modules', 'optim', 'dtype', 'double_quant', 'label_share', 'padding_free', 'torch_compile', 'arch',
+               'policies', 'gradient_checkpointing', 'overhead_offset', 'use_dora')
 OF_BATCH = ('per_device_train_batch_size', 'gradient_accumulation_steps', 'packing', 'max_length')
 
 # %% ../../nbs/plan/06_autoconfigure.ipynb #d241a7c3
@@ -75,7 +75,7 @@ class Choice:
     def settings(self) -> dict:
         "For `make_config`. Levels are not among them where a run finds its own on the card: it does so for all but padded rows."
         names = ('method', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'packing', 'max_length', 'optim')
-        again = dict(gradient_checkpointing=True) if self.memory.step != 'fast' and 'layer' in self.policies else {}
+        again = dict(gradient_checkpointing=True) if self.memory.step != 'packed' and 'layer' in self.policies else {}
         return {name: getattr(self, name) for name in names} | again | (dict(overlong_rows='truncate') if self.shortened else {})
 
     def __str__(self):
@@ -108,7 +108,7 @@ def _best(
     for packing in packings(asked, length):
         for rows, passes in divisions(asked, length, packing):
             est = _plan(asked.shape, asked.limit, asked.margin, args | dict(batch_size=rows, gradient_accumulation_steps=passes))
-            if not est.fits(asked.limit, asked.margin) or packing and est.step != 'fast': continue
+            if not est.fits(asked.limit, asked.margin) or packing and est.step != 'packed': continue
             tokens = rows * (length if packing else asked.seen(length).mean())
             found.append((_seconds(asked, est, method, length, tokens), rows, passes, packing, est))
     return min(found, key=lambda each: each[0], default=None)
@@ -260,7 +260,7 @@ def _asked_of(
     longest: int,        # tokens of the longest row
 ) -> dict:
     "Wishes for `fit` from a run's settings."
-    wishes = {k: v for k, v in _wishes(config, 1.0).items() if k in OF_ESTIMATE and k not in OPEN}
+    wishes = {k: v for k, v in vars(EstimateSpec.from_config(config)).items() if k in OF_ESTIMATE and k not in (*OPEN, 'policies')}
     return wishes | given | dict(max_length=longest)
 
 # %% ../../nbs/plan/06_autoconfigure.ipynb #01c2a1a6
@@ -268,13 +268,13 @@ def autoconfigure(
     config: RunConfig,   # settings of a run
     lengths=None,        # tokens of every row; None: all as long as `max_length`
     where=None,          # bytes of memory, a `Gpu`, or the name of one; None: this machine's card
-    correction: int = 0, # bytes that this card takes beyond the usual, from `outside.correction_for`
+    correction: int = 0, # bytes that this card takes beyond the usual, from `overhead.overhead_offset_for`
 ) -> tuple:              # (the settings, the `Choice` that they come from; None if nothing was chosen)
     "Settings that fit, as given or else chosen; with nothing that fits, the least that a run could take; `ModelError` for a mixture of experts."
     if where is None: where, correction = _this_card()
     if config.objective == 'dpo' or config.device == 'cpu' or not where: return config, None
     given, rows = _given(config), [config.max_length] if lengths is None else lengths
-    wishes, batch = _asked_of(config, given, int(max(rows))) | dict(correction=correction), config.per_device_train_batch_size * config.gradient_accumulation_steps
+    wishes, batch = _asked_of(config, given, int(max(rows))) | dict(overhead_offset=correction), config.per_device_train_batch_size * config.gradient_accumulation_steps
     methods = [given['method']] if 'method' in given else ['lora', 'qlora']
     found = next((c for method in methods for c in fit(where, model_shape(config.model), rows, batch, config.num_train_epochs, **wishes | dict(method=method))), None)
     chosen = found.settings if found else dict(method=methods[-1], per_device_train_batch_size=1, gradient_accumulation_steps=batch)
@@ -285,4 +285,4 @@ def autoconfigure(
 def _this_card() -> tuple:
     "(bytes that a run may take on this machine's card, 0 without one; its correction)."
     live, machine = live_gpu(), detect_machine()
-    return (live and live.usable_bytes or machine.total_bytes) * (machine.device == 'cuda'), correction_for(machine.gpu_name)
+    return (live and live.usable_bytes or machine.total_bytes) * (machine.device == 'cuda'), overhead_offset_for(machine.gpu_name)

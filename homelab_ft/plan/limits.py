@@ -14,11 +14,11 @@ import numpy as np
 from ..core import ConfigError, GiB, near_matches
 from .model_shape import known_shapes, model_shape
 from .throughput import _check_numbers, _check_wishes
-from .memory.estimate import _check_sizes, estimate, estimate_with_checkpointing
+from .memory.estimate import check_length, estimate, estimate_with_checkpointing
 
 # %% ../../nbs/plan/07_limits.ipynb #f943e8f1
 ARGUMENTS = ('method', 'lora_r', 'target_modules', 'batch_size', 'length', 'optim', 'dtype', 'double_quant', 'label_share', 'gradient_accumulation_steps',
-             'padding_free', 'torch_compile', 'card', 'max_new_tokens', 'correction', 'use_dora')     # of `estimate`, which may be wished for
+             'padding_free', 'torch_compile', 'arch', 'overhead_offset', 'use_dora')     # of `estimate`, which may be wished for
 
 # %% ../../nbs/plan/07_limits.ipynb #da0922c3
 def _check(
@@ -82,7 +82,7 @@ def length_batch_map(
 ) -> np.ndarray:                           # bytes needed, a row per length, a column per batch
     "What all pairs need."
     _check(limit, margin, wishes, 'length', 'batch_size')
-    for n in lengths: _check_sizes(shape, n, wishes.get('label_share', 1))
+    for n in lengths: check_length(shape, n)
     plan = partial(estimate_with_checkpointing, shape, limit, margin) if gradient_checkpointing is None else partial(estimate, shape, gradient_checkpointing=gradient_checkpointing)
     return np.array(_peaks(plan, lengths, batches, wishes))
 
@@ -92,8 +92,8 @@ def _peaks(plan, lengths, batches, wishes) -> list:
     known, found = {}, {}
     for n, b in sorted(((n, b) for n in lengths for b in batches), key=lambda pair: -pair[0]):
         est = known.get(n * b) or plan(**wishes | dict(length=int(n), batch_size=int(b)))
-        if est.step == 'fast' and est.needed == est.step_peak - est.gaps: known[n * b] = est
-        found[n, b] = est.needed
+        if est.step == 'packed': known[n * b] = est
+        found[n, b] = est.min_required
     return [[found[n, b] for b in batches] for n in lengths]
 
 # %% ../../nbs/plan/07_limits.ipynb #46bf99bb

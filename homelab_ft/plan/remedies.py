@@ -44,7 +44,7 @@ def _ideas(
 
 # %% ../../nbs/plan/08_remedies.ipynb #3e39773b
 ARGUMENTS = ('method', 'lora_r', 'target_modules', 'batch_size', 'length', 'gradient_checkpointing', 'optim', 'dtype', 'double_quant', 'label_share',
-             'gradient_accumulation_steps', 'padding_free', 'policies', 'torch_compile', 'card', 'chunk', 'max_new_tokens', 'correction', 'use_dora')     # of `estimate`
+             'gradient_accumulation_steps', 'padding_free', 'policies', 'torch_compile', 'arch', 'loss_chunk', 'overhead_offset', 'use_dora')     # of `estimate`
 _USUAL = dict(method='qlora', lora_r=16, batch_size=1, length=2048, gradient_accumulation_steps=1, optim='adamw_torch', label_share=1.0)
 
 # %% ../../nbs/plan/08_remedies.ipynb #0b066338
@@ -68,8 +68,8 @@ def _made_with(est, shape, limit, margin, wishes) -> dict:
     _check_wishes(wishes, ARGUMENTS)
     wishes = {k: v for k, v in wishes.items() if k != 'gradient_checkpointing'} | dict(policies=est.policies)
     fewer = chunk_for(shape.vocab_size, limit * (1 - margin) - sum(estimate(shape, **wishes | dict(policies=None)).phases['optimizer step'].values()))
-    for chunk in (wishes.get('chunk', 0), fewer):
-        args = wishes | dict(chunk=chunk)
+    for chunk in (wishes.get('loss_chunk', 0), fewer):
+        args = wishes | dict(loss_chunk=chunk)
         if estimate(shape, **args).phases == est.phases: return args
     raise ConfigError('the estimate was made with other arguments', value=f'{est.peak} bytes', next_step='give all arguments that it was made with')
 

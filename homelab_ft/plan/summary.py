@@ -40,9 +40,9 @@ def about_step(
     est,                 # a `MemoryEstimate`
 ) -> str:
     "Which step the estimate is about, and what its layers keep, in a sentence."
-    kept = ', '.join(f'{n} {policy}' for policy, n in est.policies.items()) + (f'; {fmt_gib(est.host)} wait in host memory' if est.host else '')
-    if est.step == 'fast': return f'Layers by what they keep: {kept}.'
-    return f'Figures of the plain step ({est.step.partition(": ")[2]}); layers by what they keep: {kept}. Where a run lays rows end to end it takes less: ask with --trace.'
+    kept = ', '.join(f'{n} {policy}' for policy, n in est.policies.items()) + (f'; {fmt_gib(est.cpu_bytes)} wait in CPU RAM' if est.cpu_bytes else '')
+    if est.step == 'packed': return f'Layers by what they keep: {kept}.'
+    return f'Figures of the padded step ({est.padded_reason}); layers by what they keep: {kept}. Where a run lays rows end to end it takes less: ask with --trace.'
 
 # %% ../../nbs/plan/09_summary.ipynb #275bc2f6
 def plan_text(
@@ -62,5 +62,5 @@ def plan_json(
     "The same as JSON."
     return json.dumps(dict(model=config.model, method=config.method, max_length=config.max_length, batch_size=config.per_device_train_batch_size,
                            gradient_accumulation_steps=config.gradient_accumulation_steps, packing=config.packing, optim=config.optim, card=name,
-                           limit_bytes=limit, fits=est.fits(limit), peak_bytes=est.peak, needed_bytes=est.needed, peak_phase=est.phase, parts=est.parts, phases=est.phases,
-                           step_peak_bytes=est.step_peak, policies=est.policies, step=est.step), indent=1)
+                           limit_bytes=limit, fits=est.fits(limit), peak_bytes=est.peak, min_required_bytes=est.min_required, peak_phase=est.phase, parts=est.parts, phases=est.phases,
+                           policies=est.policies, step=est.step, padded_reason=est.padded_reason), indent=1)

@@ -140,21 +140,21 @@ def pass_seconds(
 def why_no_speed(
     card,                        # a `Gpu`, or None
     method: str = 'qlora',       # full, lora, int8 or qlora
-    step: str = 'fast',          # `MemoryEstimate.step`
+    step: str = 'packed',          # `MemoryEstimate.step`
     dtype: str = 'bfloat16',     # compute type
 ) -> str:                        # empty if there is a prediction
     "What keeps this page from a speed."
     if card is None: return 'the card is not known'
     if not card.bf16_tflops: return f'no rate in bf16 is known of {card.name or card.id}'
     if method not in MEASURED.methods: return f'the speed of {method} was not measured'
-    if step != 'fast': return 'the speed of the plain step was not measured'
+    if step != 'packed': return 'the speed of the plain step was not measured'
     return '' if dtype == 'bfloat16' else f'the speed in {dtype} was not measured'
 
 # %% ../../nbs/plan/03_throughput.ipynb #eb383704
 def about_speed(
     card,                        # a `Gpu`, or None
     method: str = 'qlora',       # full, lora, int8 or qlora
-    step: str = 'fast',          # `MemoryEstimate.step`
+    step: str = 'packed',          # `MemoryEstimate.step`
     dtype: str = 'bfloat16',     # compute type
 ) -> str:
     "Where a speed comes from, or why there is none, in a sentence."
@@ -169,7 +169,7 @@ def tokens_per_second(
     shape,                           # the model, a `ModelShape`
     tokens: float,                   # of a pass, without padding
     method: str = 'qlora',           # full, lora, int8 or qlora
-    step: str = 'fast',              # `MemoryEstimate.step`
+    step: str = 'packed',              # `MemoryEstimate.step`
     dtype: str = 'bfloat16',         # compute type
     policies: dict = {},               # policy -> layers
     lengths=2048,                    # tokens of one row, or an array of all rows' tokens

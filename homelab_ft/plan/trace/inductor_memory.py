@@ -194,7 +194,7 @@ def _boxed(module, inputs, donated=lambda: ()):
 def compile_for_memory(
     layers,                 # decoder layers of one class
 ):                          # the forward function of that class, to be called under a `FakeTensorMode`
-    "As `recompute.compiled`, in outline."
+    "As `recompute.compile_forward`, in outline."
     import torch._dynamo, torch._functorch.config
     from torch._inductor.decomposition import select_decomp_table
     torch._functorch.config.ban_recompute_materialized_backward = False

@@ -29,35 +29,35 @@ class AdapterCasts:
         names = [m.active_adapters[0] for m in self.layers]
         self.a, self.b = ([getattr(m, part)[n].weight for m, n in zip(self.layers, names)] for part in ('lora_A', 'lora_B'))
         self.scaling = [float(m.scaling[n]) for m, n in zip(self.layers, names)]
-        self.thin = [torch.empty_like(p, dtype=dtype).requires_grad_() for p in self.a + self.b]
-        for layer, a, b in zip(self.layers, self.thin, self.thin[len(self.a):]): layer._thin = a, b
-        self.refresh()
+        self.casts = [torch.empty_like(p, dtype=dtype).requires_grad_() for p in self.a + self.b]
+        for layer, a, b in zip(self.layers, self.casts, self.casts[len(self.a):]): layer._thin = a, b
+        self.update()
 
-    def refresh(self):
+    def update(self):
         "Bring the copies up to date; after the optimizer, before the next pass."
         if not self.layers: return
         with torch.no_grad():
-            torch._foreach_copy_(self.thin, [*self.a, *torch._foreach_mul(self.b, self.scaling)])
-            for layer in self.layers: layer._held is None or merge_lora(*layer._thin, *layer._frozen, out=layer._held)
+            torch._foreach_copy_(self.casts, [*self.a, *torch._foreach_mul(self.b, self.scaling)])
+            for layer in self.layers: layer._merged is None or merge_lora(*layer._thin, *layer._frozen, out=layer._merged)
 
-    def collect(self):
+    def unscale_into_master_grads(self):
         "Add the copies' gradients to those of the float32 matrices, and forget them."
         if not self.layers: return
         grads = [torch.empty_like(p) for p in self.a + self.b]
-        torch._foreach_copy_(grads, [t.grad for t in self.thin])
+        torch._foreach_copy_(grads, [t.grad for t in self.casts])
         torch._foreach_mul_(grads[len(self.a):], self.scaling)
         fresh = self.a[0].grad is None
         if fresh: self._keep(grads)
         else: torch._foreach_add_([p.grad for p in self.a + self.b], grads)
-        self.forget()
+        self.drop_grads()
 
     def _keep(self, grads):
         "Make these the gradients."
         for p, g in zip(self.a + self.b, grads): p.grad = g
 
-    def forget(self):
+    def drop_grads(self):
         "Drop gradients of a pass that broke off."
-        for t in self.thin: t.grad = None
+        for t in self.casts: t.grad = None
 
 # %% ../../../../nbs/train/engine/ops/04_adapter_casts.ipynb #5b97636b
 def _packed(
@@ -68,18 +68,18 @@ def _packed(
 
 # %% ../../../../nbs/train/engine/ops/04_adapter_casts.ipynb #5e8a7a48
 @patch
-def hold(self: AdapterCasts,
+def cache_merged_weights(self: AdapterCasts,
     layers,             # decoder layers
     room: int,          # bytes
 ) -> int:               # how many decoder layers have theirs now
-    "Hold merged 16-bit matrices for as many decoder layers as there is room for; `refresh` brings them up to date."
+    "Hold merged 16-bit matrices for as many decoder layers as there is room for; `update` brings them up to date."
     held = 0
-    for m in self.layers: m._held = None
+    for m in self.layers: m._merged = None
     for layer in layers:
         parts = _packed(layer)
-        room -= sum(t.numel() * 2 * self.thin[0].itemsize for t in (m._frozen[0] for m in parts))
+        room -= sum(t.numel() * 2 * self.casts[0].itemsize for t in (m._frozen[0] for m in parts))
         if not parts or room < 0: break
-        for m in parts: m._held = torch.empty(m._frozen[-1], dtype=self.thin[0].dtype, device=m._frozen[0].device)
+        for m in parts: m._merged = torch.empty(m._frozen[-1], dtype=self.casts[0].dtype, device=m._frozen[0].device)
         held += 1
-    self.refresh()
+    self.update()
     return held

@@ -42,7 +42,7 @@ class CaptureStream:
         self.stream, self.pool, self.broken = torch.cuda.Stream(), torch.cuda.MemPool(), False
 
     @contextmanager
-    def taken(self):
+    def active(self):
         "Within this block, work of this thread waits for what was asked for before, and what comes after waits for it."
         now = torch.cuda.current_stream()
         self.stream.wait_stream(now)
@@ -106,16 +106,16 @@ class StepGraph:
     def __init__(self,
         step,           # `step(batch) -> loss`, 0-d; its backward pass is recorded too. Nothing in it may depend on values in host memory
         batch: dict,    # name -> tensor on the card, of the shape to record; copied
-        lane: CaptureStream = None,  # shared with other passes; None: one of its own
+        capture_stream: CaptureStream = None,  # shared with other passes; None: one of its own
         after=None,     # function without arguments that follows the backward pass, recorded too
         warm_ups: int = 2,  # steps before the recording; 0 if such steps were made on this lane already
     ):
         in_host = [k for k, v in batch.items() if not v.is_cuda]
         if in_host: raise ValueError(f'{in_host[0]} is in host memory; a step is recorded with tensors on a card')
-        self.lane = lane or CaptureStream()
-        with self.lane.taken():
+        self.capture_stream = capture_stream or CaptureStream()
+        with self.capture_stream.active():
             for _ in range(warm_ups): _once(step, batch, after)
-        self.takes = [_take(step, batch, self.lane, after) for _ in range(2)]
+        self.takes = [_take(step, batch, self.capture_stream, after) for _ in range(2)]
 
     def __call__(self,
         batch: dict,    # name -> tensor of the recorded shape, in page-locked host memory or on the card

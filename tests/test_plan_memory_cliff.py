@@ -49,7 +49,7 @@ def test_cases_differ_and_are_single_configurations(cliff, cases):
         config = make_config(**settings)            # raises for what cannot be
         assert config.max_length <= model_shape(config.model).max_position_embeddings
         fast = settings['method'] != 'full' and settings.get('padding_free') is not False
-        assert (cliff.need(settings, limit)['step'] == 'fast') == fast
+        assert (cliff.need(settings, limit)['step'] == 'packed') == fast
         assert not fast or config.max_length * config.per_device_train_batch_size % 256 == 0      # else the pass would be larger than what is predicted
         assert settings['method'] != 'qlora' or config.torch_compile is False
 
@@ -58,7 +58,7 @@ def test_what_is_compared_is_the_process_less_context_and_libraries(cliff, cases
     from homelab_ft.plan.memory.overhead import process_bytes
     from homelab_ft.plan.memory.estimate import estimate
     settings, limit = next((s, l) for s, l in cases if s['method'] == 'qlora' and not s['gradient_checkpointing'])
-    est = estimate(model_shape(settings['model']), 'qlora', batch_size=settings['per_device_train_batch_size'], length=settings['max_length'], torch_compile=False)
+    est = estimate(model_shape(settings['model']), method='qlora', batch_size=settings['per_device_train_batch_size'], length=settings['max_length'], torch_compile=False)
     assert cliff.need(settings, limit)['reserved'] == est.peak - process_bytes(0, est.policies, True, False) > est.allocated
 
 
@@ -75,7 +75,7 @@ def trained(cliff, settings, limit, **features):
     kept = {'layer' if config.gradient_checkpointing else 'none': n}
     on, off = dict(on=True, reason=''), dict(on=False, reason='switched off')
     given = dict(packed=on, cuda_graph=on, compile=off if config.torch_compile is False else on, policies=kept)
-    if cliff.need(settings, limit)['step'] != 'fast': given = dict(packed=off, policies=kept if config.gradient_checkpointing else {})
+    if cliff.need(settings, limit)['step'] != 'packed': given = dict(packed=off, policies=kept if config.gradient_checkpointing else {})
     return dict(settings=settings, limit_gib=limit, features=given | features, chunk=cliff.chunk(config, limit), reserved=GiB)
 
 
@@ -109,7 +109,7 @@ def test_nothing_hides_a_card_that_is_full(cliff):
         tries.append(rows)
         if len(tries) == 1: raise torch.OutOfMemoryError('full')
         return []
-    vars(engine).update(device=torch.device('cpu'), copies=None, lane=object(), graphs={}, learned={0: 1}, passes=passes, model=torch.nn.Linear(1, 1), features=Features(cuda_graph=Feature(True)))
+    vars(engine).update(device=torch.device('cpu'), adapter_casts=None, capture_stream=object(), graphs={}, label_tokens={0: 1}, microbatches=passes, model=torch.nn.Linear(1, 1), features=Features(cuda_graph=Feature(True)))
     engine.accumulate(None, [[0]])
     assert len(tries) == 2 and engine.features.cuda_graph == Feature(False, OUT_OF_MEMORY)          # tried again, with less
     tries.clear()

@@ -1,11 +1,11 @@
-"plan.cost: the interval's properties."
+"train.projection: the interval's properties."
 import math
 
 import pytest
 from hypothesis import given, strategies as st
 
 from homelab_ft.core import ConfigError
-from homelab_ft.plan.cost import pilot_table, project, student_95, total_seconds
+from homelab_ft.train.projection import project, total_seconds
 
 SECONDS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=20)
 
@@ -18,17 +18,22 @@ def test_ordered(steps, total):
 
 @given(SECONDS, st.integers(1, 1000), st.floats(0.1, 10))
 def test_scales_with_the_clock(steps, total, factor):
-    ours, scaled = total_seconds(steps, total), total_seconds([s * factor for s in steps], total)
-    assert scaled == pytest.approx([v * factor for v in ours], rel=1e-6, abs=1e-6)
+    expected = [v * factor for v in total_seconds(steps, total)]
+    assert total_seconds([s * factor for s in steps], total) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
-@pytest.mark.parametrize('df, printed', [(1, 12.706), (5, 2.571), (10, 2.228), (12, 2.179), (15, 2.131), (20, 2.086), (40, 2.021), (120, 1.980), (10**6, 1.960)])
-def test_student(df, printed): assert student_95(df) == pytest.approx(printed, abs=0.03)
+@pytest.mark.parametrize('n, printed', [(2, 12.706), (6, 2.571), (41, 2.021)])
+def test_quantile_is_the_one_of_the_printed_table(n, printed):
+    steps = [1.0, 3.0] * (n // 2) + [2.0] * (n % 2)
+    mean = sum(steps) / n
+    deviation = math.sqrt(sum((s - mean)**2 for s in steps) / (n - 1))
+    low, middle, high = total_seconds(steps, 100)
+    assert (high - middle) / (deviation * math.sqrt(100 + 100**2 / n)) == pytest.approx(printed, abs=1e-3)
 
 
-def test_warm_up_dropped_only_with_others():
+def test_first_step_is_left_out_only_with_others():
     one, two = (project(s, 100, 65, 'assumed 65 W', 0.3) for s in ([2.0], [9.0, 2.0]))
-    assert one.seconds == two.seconds == 200 and one.pilot_steps == two.pilot_steps == 1
+    assert one.seconds == two.seconds == 200 and one.measured_steps == two.measured_steps == 1
 
 
 @pytest.mark.parametrize('steps', [[], [-1.0], [float('inf')], [1.0, float('nan')]])
@@ -39,4 +44,3 @@ def test_refused(steps):
 def test_source_is_shown_and_escaped():
     html = project([1.0, 1.0], 10, 65, '<b>meter</b>', 0.3)._repr_html_()
     assert '&lt;b&gt;meter' in html and '<b>meter' not in html
-    assert 'assumed 65 W' in str(pilot_table(project([1.0, 1.0], 10, 65, 'assumed 65 W', 0.3)))

@@ -1,24 +1,21 @@
-"plan.shape, plan.models: every parameter count, and what 8 and 4 bits reach, against the real model class, built without memory on torch's meta device."
+"plan.model_shape, plan.model_catalog: parameter counts, and what 8 and 4 bits reach, against the real model class, built without memory on torch's meta device."
 import json, subprocess, sys, timeit
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from homelab_ft.core import ModelError
-from homelab_ft.plan.model_catalog import COLUMNS, KNOWN, MIXTURES, known_config
-from homelab_ft.plan.model_shape import ARCHITECTURES, known_shapes, model_shape, what_quantizes
+from homelab_ft.plan.model_catalog import KNOWN, MIXTURES, known_config
+from homelab_ft.plan.model_shape import ARCHITECTURES, model_shape, what_quantizes
 from homelab_ft.plan.memory.padded_step import layer_bytes
 from homelab_ft.plan.memory.estimate import estimate
 from homelab_ft.plan.memory.static import adapter_params, weight_bytes
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'configs'
 FILES = sorted(CONFIGS.glob('*.json'))
-need_configs = pytest.mark.skipif(not FILES, reason='the folder of published configurations is not beside the project')
-DENSE = [kind for kind, arch in ARCHITECTURES.items() if not arch.get('mixture')]
-MIXED = [kind for kind in ARCHITECTURES if kind not in DENSE]
+MIXED = [kind for kind, arch in ARCHITECTURES.items() if arch.mixture]
 
 
 def meta_model(config):
@@ -29,11 +26,8 @@ def meta_model(config):
         return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(config.pop('model_type'), **config))
 
 
-def count(model): return sum(p.numel() for p in model.parameters())
-
-
 def kind_of(name):
-    "Which kind of module a parameter belongs to, told from its name in transformers."
+    "Which kind of module a parameter belongs to, by its name in transformers."
     if name.startswith('lm_head'): return 'head'
     if 'embed_tokens' in name: return 'embeddings'
     if 'norm' in name: return 'norms'
@@ -44,12 +38,6 @@ def kind_of(name):
     return 'mlp'
 
 
-def real_counts(model):
-    counts = dict.fromkeys(('attention', 'mlp', 'experts', 'router', 'norms', 'embeddings', 'head'), 0)
-    for name, p in model.named_parameters(): counts[kind_of(name)] += p.numel()     # tied parameters come once
-    return counts
-
-
 def linears_of(layer):
     import torch
     return {name.split('.')[-1]: (m.in_features, m.out_features, m.bias is not None) for name, m in layer.named_modules() if type(m) is torch.nn.Linear}
@@ -57,18 +45,15 @@ def linears_of(layer):
 
 def check_counts(shape, model):
     "Total, each kind of module, and each matrix of each layer."
-    assert shape.n_params == count(model)
-    assert shape.counts == real_counts(model) and sum(shape.counts.values()) == shape.n_params
+    counts = dict.fromkeys(shape.counts, 0)
+    for name, p in model.named_parameters(): counts[kind_of(name)] += p.numel()     # tied parameters come once
+    assert shape.counts == counts and shape.n_params == sum(counts.values())
     layers = model.model.layers
     assert len(layers) == shape.num_hidden_layers and all(linears_of(layer) == shape.linears for layer in layers)
 
 
-@lru_cache(maxsize=2)
-def known_model(name): return meta_model(known_config(name))
-
-
 def test_a_wrong_count_is_seen():
-    model, shape = known_model('SmolLM2-135M'), model_shape('SmolLM2-135M')
+    model, shape = meta_model(known_config('SmolLM2-135M')), model_shape('SmolLM2-135M')
     check_counts(shape, model)
     for wrong in (dict(vocab_size=shape.vocab_size + 1), dict(tie_word_embeddings=False), dict(qk_norm=True), dict(layer_norms=4), dict(sinks=True),
                   dict(num_hidden_layers=29), dict(num_experts=1, expert_size=1), dict(linears=shape.linears | dict(k_proj=(576, 576, False)))):
@@ -77,23 +62,26 @@ def test_a_wrong_count_is_seen():
 
 # ---------------------------------------------------------------- published models
 
-@need_configs
-@pytest.mark.parametrize('file', FILES, ids=lambda f: f.stem)
-def test_published_configs(file):
-    check_counts(model_shape(file), meta_model(json.loads(file.read_text())))
+def test_one_model_of_each_architecture_counts():
+    smallest = {model_shape(name).model_type: name for name in [*reversed(KNOWN), *reversed(MIXTURES)]}
+    assert smallest.keys() == ARCHITECTURES.keys()
+    for name in smallest.values(): check_counts(model_shape(name), meta_model(known_config(name)))
 
 
-@pytest.mark.parametrize('name', [*KNOWN, *MIXTURES])
-def test_catalogue_counts(name): check_counts(model_shape(name), known_model(name))
+@pytest.mark.slow
+def test_every_model_of_the_catalogue_counts():
+    for name in [*KNOWN, *MIXTURES]: check_counts(model_shape(name), meta_model(known_config(name)))
 
 
-@need_configs
-@pytest.mark.parametrize('file', [f for f in FILES if 'Qwen2-0.5B' not in f.stem], ids=lambda f: f.stem)
-def test_catalogue_repeats_the_published_files(file):
-    "What the catalogue says of a model equals what its file says (Qwen2 0.5B is not in the catalogue)."
-    plain = lambda name: name.lower().replace('meta-', '').replace('_config', '')
-    names = [n for n in [*KNOWN, *MIXTURES] if n.lower() in plain(file.stem)]
-    assert model_shape(max(names, key=len)) == model_shape(file)
+@pytest.mark.skipif(not FILES, reason='the folder of published configurations is not beside the project')
+def test_published_files():
+    "Their shapes count, and what the catalogue says of a model equals what its file says (Qwen2 0.5B is not in the catalogue)."
+    for i, file in enumerate(FILES):
+        if i % 5 == 0: check_counts(model_shape(file), meta_model(json.loads(file.read_text())))
+        if 'Qwen2-0.5B' in file.stem: continue
+        stem = file.stem.lower().replace('meta-', '').replace('_config', '')
+        names = [n for n in [*KNOWN, *MIXTURES] if n.lower() in stem]
+        assert model_shape(max(names, key=len)) == model_shape(file), file
 
 
 # in billions, as the authors give them: with and without embeddings where both are given
@@ -102,13 +90,11 @@ PUBLISHED = {'Qwen2.5-0.5B': (0.49, 0.36), 'Qwen2.5-1.5B': (1.54, 1.31), 'Qwen2.
              'Qwen3-32B': (32.8, 31.2), 'Qwen3-30B-A3B': (30.5, 29.9), 'Llama-3.2-1B': (1.23, None), 'Llama-3.2-3B': (3.21, None),
              'Phi-4-mini': (3.8, None), 'gpt-oss-20b': (20.9, None), 'gpt-oss-120b': (116.8, None)}
 
-
-@pytest.mark.parametrize('name', PUBLISHED)
-def test_published_totals(name):
-    shape, (total, without) = model_shape(name), PUBLISHED[name]
-    near = lambda n, said: n / 1e9 == pytest.approx(said, rel=0.015)     # authors round, and cut; a wrong tie is 5 % and more
-    assert near(shape.n_params, total)
-    if without: assert near(shape.n_params - shape.embedding_params, without)
+def test_published_totals():
+    for name, (total, without) in PUBLISHED.items():
+        shape = model_shape(name)
+        assert shape.n_params / 1e9 == pytest.approx(total, rel=0.015)     # authors round, and cut; a wrong tie is 5 % and more
+        if without: assert (shape.n_params - shape.embedding_params) / 1e9 == pytest.approx(without, rel=0.015)
 
 
 # ---------------------------------------------------------------- made-up models
@@ -118,8 +104,9 @@ EXPERTS = dict(mixtral=dict(num_local_experts=3), qwen3_moe=dict(num_experts=5, 
 
 
 @st.composite
-def configs(draw, kind):
+def configs(draw):
     "A small configuration: groups of heads, narrow and wide heads, biases, ties; keys that the class has a default for may be missing."
+    kind = draw(st.sampled_from(sorted(ARCHITECTURES)))
     groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     heads = groups * per_group
     c = dict(model_type=kind, hidden_size=heads * 8 * draw(st.integers(1, 3)), num_hidden_layers=draw(st.integers(1, 3)), intermediate_size=draw(st.integers(1, 80)),
@@ -130,39 +117,35 @@ def configs(draw, kind):
     return c
 
 
-@pytest.mark.parametrize('kind', ARCHITECTURES)
-def test_every_architecture(kind):
+@given(config=configs())
+@settings(max_examples=60, deadline=None)
+def test_any_small_model(config):
     "Also settings that a class does not read: they must not change the count."
-    pytest.importorskip('torch'), pytest.importorskip('transformers')
-
-    @given(config=configs(kind))
-    @settings(max_examples=25, deadline=None)
-    def check(config): check_counts(model_shape(config), meta_model(config))
-    check()
-
-
-@pytest.mark.parametrize('missing', [('num_key_value_heads',), ('head_dim',), ('num_key_value_heads', 'head_dim'), ('tie_word_embeddings',)], ids=str)
-@pytest.mark.parametrize('kind', [kind for kind in ARCHITECTURES if kind != 'qwen2'])     # its default, 32 heads of keys, goes with 32 heads only
-def test_defaults_of_the_classes(kind, missing):
-    "What a configuration leaves out is what the model class assumes."
-    config = dict(SMALL, model_type=kind, hidden_size=512, num_attention_heads=8, vocab_size=256, **EXPERTS.get(kind, {}))
-    config = {k: v for k, v in config.items() if k not in missing}
     check_counts(model_shape(config), meta_model(config))
 
 
-@pytest.mark.parametrize('kind', MIXED)
-def test_both_names_of_the_number_of_experts(kind):
+def test_defaults_of_the_classes():
+    "What a configuration leaves out is what the model class assumes."
+    for kind in [kind for kind in ARCHITECTURES if kind != 'qwen2']:     # its default, 32 key heads, goes with 32 heads only
+        config = dict(SMALL, model_type=kind, hidden_size=512, num_attention_heads=8, vocab_size=256, **EXPERTS.get(kind, {}))
+        for missing in (('num_key_value_heads', 'head_dim'), ('tie_word_embeddings',)):
+            given = {k: v for k, v in config.items() if k not in missing}
+            check_counts(model_shape(given), meta_model(given))
+
+
+def test_both_names_of_the_number_of_experts():
     "transformers 5 saves `num_local_experts` for all; Qwen published `num_experts`."
     transformers = pytest.importorskip('transformers')
-    config = dict(SMALL, model_type=kind, **EXPERTS[kind])
-    saved = transformers.AutoConfig.for_model(kind, **{k: v for k, v in config.items() if k != 'model_type'}).to_dict()
-    assert model_shape(saved).n_params == model_shape(config).n_params and model_shape(saved).num_experts == model_shape(config).num_experts
+    for kind in MIXED:
+        config = dict(SMALL, model_type=kind, **EXPERTS[kind])
+        saved = transformers.AutoConfig.for_model(kind, **{k: v for k, v in config.items() if k != 'model_type'}).to_dict()
+        assert model_shape(saved).n_params == model_shape(config).n_params and model_shape(saved).num_experts == model_shape(config).num_experts
 
 
 @pytest.mark.parametrize('kind', ['qwen2', 'qwen3', 'qwen3_moe'])
 def test_window_only_if_switched_on(kind):
     transformers = pytest.importorskip('transformers')
-    for extra in ({}, dict(sliding_window=7), dict(use_sliding_window=True), dict(use_sliding_window=True, sliding_window=7), dict(use_sliding_window=False, sliding_window=7)):
+    for extra in ({}, dict(sliding_window=7), dict(use_sliding_window=True), dict(use_sliding_window=True, sliding_window=7)):
         config = dict(SMALL, **EXPERTS.get(kind, {}), **extra)
         assert model_shape(config | dict(model_type=kind)).sliding_window == transformers.AutoConfig.for_model(kind, **config).sliding_window
 
@@ -177,30 +160,27 @@ def replaced(model, four):
     from transformers.quantizers.base import get_keys_to_not_convert
     skip = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or [])]
     replace_with_bnb_linear(model, modules_to_not_convert=skip, quantization_config=BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=not four))
-    wanted = bnb.nn.Linear4bit if four else bnb.nn.Linear8bitLt
-    return {name: (m.in_features, m.out_features, m.bias is not None) for name, m in model.named_modules() if isinstance(m, wanted)}
+    kind = bnb.nn.Linear4bit if four else bnb.nn.Linear8bitLt
+    return {name: (m.in_features, m.out_features, m.bias is not None) for name, m in model.named_modules() if isinstance(m, kind)}
 
 
-@pytest.mark.parametrize('four', [True, False], ids=['4 bits', '8 bits'])
-@pytest.mark.parametrize('tied', [True, False], ids=['tied', 'untied'])
-@pytest.mark.parametrize('kind', ARCHITECTURES)
-def test_what_bitsandbytes_replaces(kind, tied, four):
-    config = dict(SMALL, model_type=kind, tie_word_embeddings=tied, **EXPERTS.get(kind, {}))
-    shape, done = model_shape(config), replaced(meta_model(config), four)
-    predicted = {(layer, name): size for layer in range(shape.num_hidden_layers) for name, size in shape.linears.items()}
-    assert {(int(name.split('.')[2]), name.split('.')[-1]): size for name, size in done.items()} == predicted and len(done) == len(predicted)
-    assert sum(i * o for i, o, _ in done.values()) == shape.num_hidden_layers * shape.linear_params
-    assert (kind in MIXED) == ('gate_proj' not in shape.linears and 'gate_up_proj' not in shape.linears)
+@pytest.mark.parametrize('four, tied', [(True, True), (True, False), (False, True)], ids=['4 bits', '4 bits, untied', '8 bits'])
+def test_what_bitsandbytes_replaces(tied, four):
+    for kind in ARCHITECTURES:
+        config = dict(SMALL, model_type=kind, tie_word_embeddings=tied, **EXPERTS.get(kind, {}))
+        shape, done = model_shape(config), replaced(meta_model(config), four)
+        predicted = {(layer, name): size for layer in range(shape.num_hidden_layers) for name, size in shape.linears.items()}
+        assert {(int(name.split('.')[2]), name.split('.')[-1]): size for name, size in done.items()} == predicted and len(done) == len(predicted)
 
 
-@pytest.mark.parametrize('kind', MIXED)
-def test_experts_and_router_are_plain_parameters(kind):
+def test_experts_and_router_are_plain_parameters():
     "Three-dimensional experts and a router that is no torch.nn.Linear: the reason why nothing packs them."
     torch = pytest.importorskip('torch')
-    layer = meta_model(dict(SMALL, model_type=kind, **EXPERTS[kind])).model.layers[0].mlp
-    matrices = [p for name, p in layer.experts.named_parameters() if not name.endswith('bias')]
-    assert len(matrices) == 2 and all(p.dim() == 3 for p in matrices)
-    assert not any(isinstance(m, torch.nn.Linear) for m in layer.modules())
+    for kind in MIXED:
+        layer = meta_model(dict(SMALL, model_type=kind, **EXPERTS[kind])).model.layers[0].mlp
+        matrices = [p for name, p in layer.experts.named_parameters() if not name.endswith('bias')]
+        assert len(matrices) == 2 and all(p.dim() == 3 for p in matrices)
+        assert not any(isinstance(m, torch.nn.Linear) for m in layer.modules())
 
 
 def test_packed_checkpoints_are_not_packed_again():
@@ -209,28 +189,19 @@ def test_packed_checkpoints_are_not_packed_again():
     from transformers import BitsAndBytesConfig
     with pytest.raises(ValueError, match='Mxfp4Config'):
         auto.AutoHfQuantizer.merge_quantization_configs(known_config('gpt-oss-20b')['quantization_config'], BitsAndBytesConfig(load_in_4bit=True))
-    assert 'packed as mxfp4' in what_quantizes(model_shape('gpt-oss-20b'))
 
 
-@pytest.mark.parametrize('name', [*KNOWN, *MIXTURES])
-def test_the_statement_has_the_numbers(name):
-    shape, said = model_shape(name), what_quantizes(model_shape(name))
-    share = shape.num_hidden_layers * shape.linear_params / shape.n_params
-    assert f'({share:.1%})' in said and all(n in said for n in shape.linears)
-    assert ('experts' in said) == (name in MIXTURES) == (share < 0.06)
+def test_mixtures_are_not_planned():
+    for name in MIXTURES:
+        shape = model_shape(name)
+        for plan in (lambda: estimate(shape), lambda: estimate(shape, method='full', length=128), lambda: layer_bytes(shape, 'lora', 128), shape.reject_moe):
+            with pytest.raises(ModelError, match='mixture of experts'): plan()
+        assert weight_bytes(shape, 'lora') == 2 * shape.n_params        # the weights alone can be counted
+        assert 'experts' in what_quantizes(shape)
 
 
-@pytest.mark.parametrize('name', MIXTURES)
-def test_mixtures_are_not_planned(name):
-    shape = model_shape(name)
-    for refused in (lambda: estimate(shape), lambda: estimate(shape, 'full', length=128), lambda: layer_bytes(shape, 'lora', 128), shape.reject_moe):
-        with pytest.raises(ModelError, match='mixture of experts'): refused()
-    assert weight_bytes(shape, 'lora') == 2 * shape.n_params        # the weights alone can be counted
-    assert weight_bytes(shape, 'qlora') > 2 * (shape.n_params - shape.num_hidden_layers * shape.linear_params)
-
-
-@pytest.mark.parametrize('name', KNOWN)
-def test_dense_models_are_planned(name): assert estimate(model_shape(name), length=512).peak > 0
+def test_dense_models_are_planned():
+    for name in KNOWN: assert estimate(model_shape(name), length=512).peak > 0 and 'experts' not in what_quantizes(model_shape(name))
 
 
 def trained_by_peft(config, r, targets):
@@ -240,8 +211,7 @@ def trained_by_peft(config, r, targets):
     return {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize('targets', ['all-linear', ['q_proj', 'v_proj'], ['down_proj']], ids=str)
-@pytest.mark.parametrize('r', [1, 16])
+@pytest.mark.parametrize('r, targets', [(16, 'all-linear'), (1, ['q_proj', 'v_proj']), (16, ['down_proj'])], ids=str)
 def test_adapter_counts(r, targets):
     "LoRA parameters against peft itself."
     config = dict(SMALL, model_type='qwen2')
@@ -259,29 +229,30 @@ def test_adapters_of_a_mixture_are_refused(kind, beyond):
 
 # ---------------------------------------------------------------- refusals
 
-@pytest.mark.parametrize('kind, near', [('gemma3', 'gemma3_text'), ('qwen4', 'qwen3'), ('llama4', 'llama'), ('gptoss', 'gpt_oss'), ('phimoe', 'phi3'), ('deepseek_v3', None), (None, None), (['llama'], 'llama')], ids=str)
+@pytest.mark.parametrize('kind, near', [('gemma3', 'gemma3_text'), ('gptoss', 'gpt_oss'), ('deepseek_v3', None), (None, None), (['llama'], 'llama')], ids=str)
 def test_unsupported_is_named(kind, near):
     with pytest.raises(ModelError) as e: model_shape(dict(SMALL, model_type=kind, architectures=['SomeForCausalLM']))
     assert 'SomeForCausalLM' in str(e.value) and str(kind) in str(e.value)
-    assert (near is None) == ('built otherwise' not in str(e.value)) and (near or '') in str(e.value).split('next step')[1]
+    assert (near is None) == ('built otherwise' not in str(e.value)) and (near or '') in e.value.next_step
 
 
-@given(size=st.sampled_from(['hidden_size', 'num_hidden_layers', 'intermediate_size', 'num_attention_heads', 'num_key_value_heads', 'vocab_size', 'head_dim', 'max_position_embeddings']),
+SIZES = ['hidden_size', 'num_hidden_layers', 'intermediate_size', 'num_attention_heads', 'vocab_size']
+
+@given(size=st.sampled_from([*SIZES, 'num_key_value_heads', 'head_dim', 'max_position_embeddings']),
        bad=st.one_of(st.integers(max_value=-1), st.floats(), st.text(min_size=1), st.lists(st.integers(), min_size=1), st.just(True)))
 @settings(max_examples=100, deadline=None)
 def test_impossible_sizes(size, bad):
     if bad == 0: bad = -1
-    with pytest.raises(ModelError, match=size): model_shape(dict(SMALL, model_type='llama', **{size: bad}) if size not in SMALL else dict(SMALL, model_type='llama') | {size: bad})
+    with pytest.raises(ModelError, match=size): model_shape(dict(SMALL, model_type='llama') | {size: bad})
 
 
-@pytest.mark.parametrize('size', ['hidden_size', 'num_hidden_layers', 'intermediate_size', 'num_attention_heads', 'vocab_size'])
-@pytest.mark.parametrize('change', [None, 0], ids=['missing', 'zero'])
-def test_sizes_that_must_be_there(size, change):
-    with pytest.raises(ModelError, match=size): model_shape(dict(SMALL, model_type='llama') | {size: change})
+def test_sizes_that_must_be_there():
+    for size in SIZES:
+        for change in (None, 0):
+            with pytest.raises(ModelError, match=size): model_shape(dict(SMALL, model_type='llama') | {size: change})
 
 
-@pytest.mark.parametrize('kind, change, word', [('mixtral', dict(num_local_experts=None), 'num_experts'), ('mixtral', dict(num_local_experts=0), 'num_experts'),
-                                                ('qwen3_moe', dict(moe_intermediate_size=None), 'moe_intermediate_size'), ('gpt_oss', dict(num_local_experts=2.5), 'num_experts'),
+@pytest.mark.parametrize('kind, change, word', [('mixtral', dict(num_local_experts=None), 'num_experts'), ('qwen3_moe', dict(moe_intermediate_size=None), 'moe_intermediate_size'),
                                                 ('qwen3_moe', dict(mlp_only_layers=[0]), 'mlp_only_layers'), ('qwen3_moe', dict(decoder_sparse_step=2), 'decoder_sparse_step')], ids=str)
 def test_mixtures_that_cannot_be(kind, change, word):
     with pytest.raises(ModelError, match=word): model_shape(dict(SMALL, model_type=kind, **EXPERTS[kind]) | change)
@@ -296,29 +267,28 @@ def test_hub_without_network(monkeypatch):
     with pytest.raises(ModelError, match='known without a network: Qwen2.5-7B'): model_shape('Qwen/Qwen2.5-7B-Instruct')
 
 
-@pytest.mark.parametrize('typed, meant', [('Mixtral-8x7b', 'Mixtral-8x7B'), ('gpt-oss-20', 'gpt-oss-20b'), ('llama-3.1-8b', 'Llama-3.1-8B')])
+@pytest.mark.parametrize('typed, meant', [('gpt-oss-20', 'gpt-oss-20b'), ('llama-3.1-8b', 'Llama-3.1-8B')])
 def test_misspelt_names(typed, meant):
     with pytest.raises(ModelError, match=meant): model_shape(typed)
 
 
-@pytest.mark.parametrize('model', ['~nobody-of-this-name', '~<i>', 'x' * 5000, '\x00', '', '/', 3, None, 2.5, ['Llama-3.1-8B']], ids=lambda m: str(m)[:20])
-def test_anything_as_a_model(model):
-    with pytest.raises(ModelError): model_shape(model)
+def test_anything_as_a_model():
+    for model in ('~nobody-of-this-name', '~<i>', 'x' * 5000, '\x00', '', '/', 3, None, 2.5, ['Llama-3.1-8B']):
+        with pytest.raises(ModelError): model_shape(model)
 
 
-@pytest.mark.parametrize('text', ['', 'not json', '[]', '"llama"', '\x00', '{"model_type": "llama", "architectures": 3}'])
-def test_broken_config(tmp_path, text):
-    (tmp_path / 'config.json').write_text(text)
-    with pytest.raises(ModelError): model_shape(tmp_path)
+def test_broken_config(tmp_path):
+    for text in ('', 'not json', '[]', '"llama"', '\x00', '{"model_type": "llama", "architectures": 3}', '{"model_type": 3, "architectures": 3}'):
+        (tmp_path / 'config.json').write_text(text)
+        with pytest.raises(ModelError): model_shape(tmp_path)
+
+
+def test_a_configuration_can_be_changed_without_changing_the_catalogue():
+    known_config('gpt-oss-20b')['quantization_config']['quant_method'] = 'other'
+    assert known_config('gpt-oss-20b')['quantization_config']['quant_method'] == 'mxfp4'
 
 
 # ---------------------------------------------------------------- limits
-
-def test_catalogue_is_well_formed():
-    assert all(len(COLUMNS) - 1 <= len(row) <= len(COLUMNS) for row in [*KNOWN.values(), *MIXTURES.values()])
-    assert set(known_shapes()) == set(KNOWN) and not any(s.num_experts for s in known_shapes().values())
-    assert not KNOWN.keys() & MIXTURES.keys()
-
 
 def test_fast():
     model_shape('Qwen3-8B')
