@@ -10,7 +10,7 @@ from pathlib import Path
 from ..core import DataError
 from ..config import RunConfig, make_config
 from ..data.chat_template import end_of_turn_ids, load_tokenizer, prompt_ids
-from ..data.plain_text import end_ids
+from ..data.tokenize import end_ids
 from ..train.lora import load_adapter, need_trained
 from ..train.base_model import load_base, resolve_device, resolve_dtype
 from ..train.run_folder import RunFolder, open_run

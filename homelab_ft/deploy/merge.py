@@ -16,7 +16,7 @@ from ..table import Table
 from ..io import now, read_jsonl, write_json
 from ..hardware.machine import check_disk, check_writable
 from ..data.chat_template import encode, end_of_turn_ids, load_tokenizer, prompt_ids, render
-from ..data.plain_text import encode_text, end_ids, is_text_dataset, is_text
+from ..data.tokenize import encode_text, end_ids, is_text_dataset, is_text
 from ..data.tokenize import make_cache
 from ..train.checkpoint import write_folder
 from ..train.engine.batching import collate, in_batches
