@@ -161,7 +161,8 @@ def _cmd_merge(
     args,                # parsed arguments
 ):
     "Make one plain model folder of a run and compare it with the tuned model."
-    from homelab_ft.deploy.merge import merge, parity
+    from homelab_ft.deploy.merge import merge
+    from homelab_ft.deploy.parity import parity
     run = open_run(args.run, args.runs_dir or 'runs')
     folder = merge(run, args.out)
     print(f'{folder}\n\n{parity(run, folder)}')

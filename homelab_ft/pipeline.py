@@ -19,7 +19,8 @@ from .data.chat_template import load_tokenizer
 from .data.prepare import prepare
 from .data.sample.tickets import write_tickets
 from .data.tokenize import TokenCache, make_cache
-from .deploy.merge import Parity, merge, parity
+from .deploy.merge import merge
+from .deploy.parity import load_parity, parity
 from .deploy.registry import register
 from .deploy.report import cost_table, write_report
 from .evaluate.compare import compare, load_evaluation
@@ -142,15 +143,6 @@ def _require_finished(
     if now.state != 'finished':
         raise RunError('training has not finished', value=str(now), next_step=f'continue with: homelab-ft run --resume {run.path}')
 
-# %% ../nbs/05_pipeline.ipynb #e81dc375
-def _agreement(
-    run: RunFolder,      # a run with a merged model
-) -> Parity:
-    "The parity of the merged model with the adapter, measured once."
-    path = run.path / 'parity.json'
-    if not path.exists(): return parity(run)
-    return Parity(**{k: v for k, v in json.loads(path.read_text(encoding='utf-8')).items() if k != 'passed'})
-
 # %% ../nbs/05_pipeline.ipynb #f029f051
 def finish(
     run: RunFolder,          # a run whose training has finished
@@ -158,11 +150,11 @@ def finish(
 ):                           # the `Evaluation`
     "Evaluate, merge, check parity, register, report: what is done already is not done again."
     _require_finished(run)
-    say('evaluate  base against tuned, on rows neither has seen')
+    say('evaluate  base against fine-tuned, on rows neither has seen')
     evaluation = load_evaluation(run) if run.evaluation_path.exists() else compare(run, run.config())
-    say('deploy    one plain model folder, compared with the tuned model')
+    say('deploy    one plain model folder, compared with the adapter')
     if not run.merged_path.exists(): merge(run)
-    agreement = _agreement(run)
+    agreement = load_parity(run) or parity(run)
     if not agreement.passed: say(f'the merged model answers differently from the adapter: do not ship it\n{agreement}')
     write_report(run, register(run), evaluation, agreement)
     return evaluation
