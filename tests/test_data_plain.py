@@ -12,7 +12,7 @@ from homelab_ft.data.prepare import load_prepared, prepare
 from homelab_ft.deploy.chat import load_chat
 from homelab_ft.evaluate.compare import load_evaluation
 from homelab_ft.evaluate.likelihood import sequence_nll
-from homelab_ft.pipeline import new_run, run_journey
+from homelab_ft.pipeline import new_run, run_pipeline
 from homelab_ft.train.lora import load_adapter
 from homelab_ft.train.base_model import load_base
 
@@ -90,8 +90,8 @@ def bare(tmp_path_factory):
 def run(request, bare, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     rate = {} if request.param == 'lora' else dict(learning_rate=1e-3)
-    return run_journey(make_config(**SMALL | rate, method=request.param, model=str(bare), data=write(folder / 'd.jsonl', texts(240)), runs_dir=str(folder / 'runs'), run_name='text'),
-                       say=lambda line: None)
+    return run_pipeline(make_config(**SMALL | rate, method=request.param, model=str(bare), data=write(folder / 'd.jsonl', texts(240)), runs_dir=str(folder / 'runs'), run_name='text'),
+                       log=lambda line: None)
 
 def test_the_journey_without_a_template(run):
     result = load_evaluation(run)

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..core import ConfigError, HardwareError, ModelError, model_path
 from ..config import RunConfig
 from ..io import file_fingerprint, fingerprint
-from .engine.batching import ONE_ROW
+from .engine.batching import SINGLE_SEQUENCE_OOM
 
 # %% ../../nbs/train/01_base_model.ipynb #0253ac26
 def resolve_device(
@@ -205,7 +205,7 @@ def explain_oom(
 ) -> Exception:             # a `HardwareError` for a full card, else the same error
     "A full card in our words."
     if type(error).__name__ != 'OutOfMemoryError': return error
-    alone = ONE_ROW in getattr(error, '__notes__', [])
+    alone = SINGLE_SEQUENCE_OOM in getattr(error, '__notes__', [])
     smaller = 'halve per_device_train_batch_size and double gradient_accumulation_steps, or set gradient_checkpointing=true, method=qlora, or a smaller max_length'
-    return HardwareError('the card is out of memory', value=str(error).split('. ')[0] + f'; {ONE_ROW}' * alone,
+    return HardwareError('the card is out of memory', value=str(error).split('. ')[0] + f'; {SINGLE_SEQUENCE_OOM}' * alone,
                          next_step='close what else uses the card, or set method=qlora or a smaller max_length' if alone else smaller)
