@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUICKSTART', 'quickstart_config', 'required_disk_bytes', 'check_inputs', 'largest_batch', 'plan_run',
-           'training_sequences', 'new_run', 'stop_on_ctrl_c', 'train_here', 'run_pipeline', 'resume_pipeline',
-           'read_projection', 'project_from_first_steps', 'summary_table']
+           'training_sequences', 'new_run', 'evaluate_and_export', 'stop_on_ctrl_c', 'train_here', 'run_pipeline',
+           'resume_pipeline', 'read_projection', 'project_from_first_steps', 'summary_table']
 
 # %% ../nbs/05_pipeline.ipynb #a2704562
 import json, os, shutil, signal, tempfile, threading, time
@@ -149,6 +149,26 @@ def new_run(
         update_manifest(run, chosen=str(choice))
         log(f'\nplan      {choice}')
     return run
+
+# %% ../nbs/05_pipeline.ipynb #f029f051
+def evaluate_and_export(
+    run: RunFolder,          # a run whose training has finished
+    log=print,               # receives a line per stage
+):                           # the `Evaluation`
+    "Evaluate, merge, compare, register, report; what is done already is not done again."
+    now = status(run)
+    if now.state != 'finished':
+        next_step = f'continue with: homelab-ft run --resume {run.path}'
+        raise RunError('training has not finished', str(now), next_step=next_step)
+    log('evaluate  base against fine-tuned, on rows neither has seen')
+    evaluation = load_evaluation(run) if run.evaluation_path.exists() else compare(run, run.config())
+    log('deploy    one plain model folder, compared with the fine-tuned model')
+    if not run.merged_path.exists(): merge(run)
+    comparison = load_parity(run) or parity(run)
+    if not comparison.passed:
+        log(f'the merged model answers differently from the adapter: do not ship it\n{comparison}')
+    write_report(run, register(run), evaluation, comparison)
+    return evaluation
 
 # %% ../nbs/05_pipeline.ipynb #c8d138ad
 @contextmanager

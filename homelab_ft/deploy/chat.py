@@ -10,7 +10,7 @@ from pathlib import Path
 from ..core import DataError
 from ..config import make_config
 from ..data.chat_template import end_of_turn_ids, load_tokenizer, prompt_ids
-from ..data.plain_text import end_ids
+from ..data.tokenize import end_ids
 from ..evaluate.inference import load_fine_tuned, load_run_base, stream_tokens
 from ..train.run_folder import RunFolder, open_run
 

@@ -12,7 +12,7 @@ from ..core import RunError, model_path
 from ..config import RunConfig
 from ..hardware.machine import check_disk, check_writable
 from ..data.chat_template import end_of_turn_ids, load_tokenizer
-from ..data.plain_text import end_ids, is_text_dataset
+from ..data.tokenize import end_ids, is_text_dataset
 from ..evaluate.inference import load_run_base
 from ..train.base_model import load_base
 from ..train.checkpoint import write_folder

@@ -17,7 +17,7 @@ from ..config import RunConfig
 from ..table import Table
 from ..io import now, read_jsonl, write_json
 from ..data.chat_template import encode, end_of_turn_ids, load_tokenizer, prompt_ids, render
-from ..data.plain_text import encode_text, end_ids, is_text
+from ..data.tokenize import encode_text, end_ids, is_text
 from ..data.tokenize import make_cache
 from .merge import checkpoint_dtype, load_dense_base
 from ..evaluate.inference import generate_greedy, load_fine_tuned
