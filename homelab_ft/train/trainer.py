@@ -32,7 +32,7 @@ from .run_folder import (RunFolder, RunLock, RunStatus, check_start, log_event, 
 from .schedule import (count_sequences, epoch_steps, interval, learning_rate, lr_multiplier, make_optimizer, make_states,
                                        steps_per_epoch, total_steps)
 
-# %% ../../nbs/train/08_trainer.ipynb #75052f1f
+# %% ../../nbs/train/08_trainer.ipynb #8abbfdc2
 @dataclass
 class TrainState:
     "The numbers that change during a run."
@@ -53,7 +53,7 @@ class TrainState:
     control_line: int = 0                   # lines of the control file that are done
     projected: bool = False                 # whether time and cost were projected
 
-# %% ../../nbs/train/08_trainer.ipynb #292f9935
+# %% ../../nbs/train/08_trainer.ipynb #bdbb9fe2
 @dataclass
 class PendingMetrics:
     "The metrics of a step whose loss may still be on its way from the GPU."
@@ -329,8 +329,8 @@ def load_run(
 
     weights_dtype = 'float32' if config.method == 'full' else dtype
     base = load_base(config.model, config.method, weights_dtype, device, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
-    model = attach(base, config, dtype)
     n_bytes = weight_bytes(base)
+    model = attach(base, config, dtype)
     trainable, total = trainable_parameters(model)
     check_disk(run.path, 16 * trainable * (config.save_total_limit + 2))
 
