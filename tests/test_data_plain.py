@@ -12,7 +12,7 @@ from homelab_ft.data.prepare import load_prepared, prepare
 from homelab_ft.deploy.chat import load_chat
 from homelab_ft.evaluate.compare import load_evaluation
 from homelab_ft.evaluate.likelihood import sequence_nll
-from homelab_ft.pipeline import new_run, run_journey
+from homelab_ft.pipeline import new_run, run_pipeline
 from homelab_ft.train.lora import load_adapter
 from homelab_ft.train.base_model import load_base
 
@@ -90,15 +90,15 @@ def bare(tmp_path_factory):
 def run(request, bare, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     rate = {} if request.param == 'lora' else dict(learning_rate=1e-3)
-    return run_journey(make_config(**SMALL | rate, method=request.param, model=str(bare), data=write(folder / 'd.jsonl', texts(240)), runs_dir=str(folder / 'runs'), run_name='text'),
-                       say=lambda line: None)
+    return run_pipeline(make_config(**SMALL | rate, method=request.param, model=str(bare), data=write(folder / 'd.jsonl', texts(240)), runs_dir=str(folder / 'runs'), run_name='text'),
+                       log=lambda line: None)
 
 def test_the_journey_without_a_template(run):
     result = load_evaluation(run)
-    assert [m.name for m in result.measures] == ['NLL per token', 'perplexity'] and result.answers == [] == result.classes
+    assert [m.name for m in result.metrics] == ['NLL per token', 'perplexity'] and result.answers == [] == result.classes
     gain = result['NLL per token']
-    assert gain.low > 0 and gain.tuned < 0.8 * gain.base and result.better
-    assert abs(np.exp(gain.tuned) - result['perplexity'].tuned) < 1e-6
+    assert gain.low > 0 and gain.fine_tuned < 0.8 * gain.base and result.better
+    assert abs(np.exp(gain.fine_tuned) - result['perplexity'].fine_tuned) < 1e-6
     assert json.loads((run.path / 'parity.json').read_text())['passed'] and run.report_path.exists()
     assert is_text_dataset(run.data_path) and all(is_text(e.messages) for e in load_prepared(run.data_path).test_examples)
 
@@ -107,7 +107,7 @@ def test_the_numbers_are_those_of_the_whole_text(run):
     assert result.tokens == len(data.test.input_ids) - len(data.test)         # all but each row's first
     tuned = load_adapter(load_base(run.config().model, run.config().method), run.adapter_path)
     nll, tokens = sequence_nll(tuned, data.test, progress=False)
-    assert abs(nll.sum() / tokens.sum() - result['NLL per token'].tuned) < 1e-6
+    assert abs(nll.sum() / tokens.sum() - result['NLL per token'].fine_tuned) < 1e-6
 
 def test_it_continues_text(run):
     for target in (run.path, run.merged_path):

@@ -109,7 +109,7 @@ def test_nothing_hides_a_card_that_is_full(cliff):
         tries.append(rows)
         if len(tries) == 1: raise torch.OutOfMemoryError('full')
         return []
-    vars(engine).update(device=torch.device('cpu'), copies=None, lane=object(), graphs={}, learned={0: 1}, passes=passes, model=torch.nn.Linear(1, 1), features=Features(cuda_graph=Feature(True)))
+    vars(engine).update(device=torch.device('cpu'), adapter_casts=None, capture_stream=object(), graphs={}, label_tokens={0: 1}, microbatches=passes, model=torch.nn.Linear(1, 1), features=Features(cuda_graph=Feature(True)))
     engine.accumulate(None, [[0]])
     assert len(tries) == 2 and engine.features.cuda_graph == Feature(False, OUT_OF_MEMORY)          # tried again, with less
     tries.clear()

@@ -37,7 +37,7 @@ def probe_job(
     "What `train_step` wants, prepared as in a run, with random weights and rows."
     model = random_model(config, raw, device, layers)
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * (STEPS + 1)
-    cache = packing.RandomRows([config.max_length] * rows, 1., model.config.vocab_size)
+    cache = packing.RandomSequences([config.max_length] * rows, 1., model.config.vocab_size)
     engine = fast.build_step(model, config, cache, device, 'bfloat16' if config.dtype == 'auto' else config.dtype)
     run = SimpleNamespace(metrics_path=Path(tempfile.mkdtemp()) / 'metrics.jsonl')
     asked = config.model_copy(update=dict(warmup_steps=0))
@@ -92,7 +92,7 @@ def _predicted(config, job) -> dict:
     "The traced figures for the step as it was prepared."
     features, capability = job.step.features, torch.cuda.get_device_capability()
     policies = features.policies or None
-    said = trace(config, policies, tile=features.mlp_chunk, chunk=getattr(job.step, 'chunk', 0), card='hopper' if capability >= (9, 0) else 'ampere',
+    said = trace(config, policies, tile=features.mlp_chunk, chunk=getattr(job.step, 'loss_chunk', 0), card='hopper' if capability >= (9, 0) else 'ampere',
                  table_away=features.embedding_offload.on, held=features.merged_layers, whole=not features.packed.on)       # gaps of padded rows grow with the layers
     return dict(allocated=said.first_pass if features.peak_bytes else said.allocated, reserved=said.reserved, process=said.process)
 

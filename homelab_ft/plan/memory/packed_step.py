@@ -93,7 +93,7 @@ def chunk_for(
     vocab: int,             # entries of the vocabulary
     room: float = 2**63,    # bytes for a micro-batch beside what is there all the time
 ) -> int:                   # a multiple of 128
-    "Label positions of the loss at a time, as `PackedStep.fit_loss`."
+    "Label positions of the loss at a time, as `PackedStep.fit_loss_chunk`."
     logits = int(min(2**27, max(0, room) // 64))
     return max(128, logits // vocab // 128 * 128)
 

@@ -1,4 +1,4 @@
-"""The whole journey from outside: killed in the middle, continued, the same numbers."""
+"""The whole pipeline from outside: killed in the middle, continued, the same numbers."""
 import json
 import os
 import signal
@@ -8,8 +8,9 @@ import time
 
 import pytest
 
+from homelab_ft import pipeline
 from homelab_ft.core import HomelabError
-from homelab_ft.pipeline import new_run, quickstart_config, resume_journey, run_journey
+from homelab_ft.pipeline import new_run, quickstart_config, resume_pipeline, run_pipeline
 from homelab_ft.train.run_folder import RunFolder, events, history, status
 
 SMALL = dict(max_rows=160, max_steps=14, per_device_train_batch_size=4, save_steps=5, eval_steps=7, eval_max_rows=8, generate_max_rows=2, n_bootstrap=100)
@@ -48,10 +49,10 @@ def losses(run): return [(r['step'], r['loss']) for r in history(run)['train']]
 def whole(tmp_path_factory):
     "An uninterrupted run."
     folder = tmp_path_factory.mktemp('whole')
-    return run_journey(quickstart_config(folder, **SMALL, run_name='whole', runs_dir=str(folder / 'runs')), say=lambda line: None)
+    return run_pipeline(quickstart_config(folder, **SMALL, run_name='whole', runs_dir=str(folder / 'runs')), log=lambda line: None)
 
 
-def test_journey_leaves_everything(whole):
+def test_a_run_leaves_everything(whole):
     assert status(whole).state == 'finished'
     entry = json.loads(whole.entry_path.read_text())
     assert entry['data']['rows']['test'] == 200 and entry['data']['fingerprint'] and entry['parity']['passed']
@@ -62,9 +63,9 @@ def test_journey_leaves_everything(whole):
 
 
 def test_same_seed_same_numbers(whole, tmp_path):
-    again = run_journey(quickstart_config(tmp_path, **SMALL, run_name='again', runs_dir=str(tmp_path / 'runs')), say=lambda line: None)
+    again = run_pipeline(quickstart_config(tmp_path, **SMALL, run_name='again', runs_dir=str(tmp_path / 'runs')), log=lambda line: None)
     assert losses(again) == losses(whole)
-    values = [[(m['name'], m['base'], m['tuned']) for m in json.loads(r.evaluation_path.read_text())['measures']] for r in (whole, again)]
+    values = [[(m['name'], m['base'], m['fine_tuned']) for m in json.loads(r.evaluation_path.read_text())['metrics']] for r in (whole, again)]
     assert values[0] == values[1]
 
 
@@ -80,7 +81,7 @@ def test_both_processes_killed_and_resumed(whole, tmp_path):
     assert resumed.returncode == 0, output
     assert losses(run)[-1][0] == 14 and [s for s, _ in losses(run)] == list(range(1, 15))
     assert abs(losses(run)[-1][1] - losses(whole)[-1][1]) <= 1e-4
-    resume_journey(run, say=lambda line: None)
+    resume_pipeline(run, log=lambda line: None)
     assert run.report_path.exists()
 
 
@@ -109,28 +110,31 @@ def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(whole, tmp_path):
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and '--resume' in output and 'Traceback' not in output
     assert status(run).state == 'stopped' and len(losses(run)) < 14
-    resume_journey(run, say=lambda line: None)
+    resume_pipeline(run, log=lambda line: None)
     assert losses(run) == losses(whole)
 
 
-def test_what_nobody_set_is_chosen_once_the_rows_are_known(tmp_path):
-    seen, said = [], []
+def test_what_nobody_set_is_chosen_once_the_rows_are_known(tmp_path, monkeypatch):
+    seen, logged = [], []
 
     def choose(config, lengths):
-        "Note what is asked, and change the batch."
+        "Note the lengths, and change the batch."
         seen.append(list(lengths))
         return config.model_copy(update=dict(per_device_train_batch_size=3)), 'three rows'
 
+    monkeypatch.setattr(pipeline, 'autoconfigure', choose)
     config = quickstart_config(tmp_path, **SMALL, run_name='chosen', runs_dir=str(tmp_path / 'runs'))
-    run = new_run(config, lambda line: said.append(str(line)), choose)
-    assert run.config().per_device_train_batch_size == 3 and json.loads(run.manifest_path.read_text())['chosen'] == 'three rows'
-    assert any('three rows' in line for line in said) and len(seen) == 1 and max(seen[0]) <= config.max_length
-    kept = new_run(config.model_copy(update=dict(run_name='kept')), lambda line: None)
-    assert kept.config().per_device_train_batch_size == 4 and 'chosen' not in json.loads(kept.manifest_path.read_text())
+    run = new_run(config, lambda line: logged.append(str(line)), auto_settings=True)
+    manifest = json.loads(run.manifest_path.read_text())
+    assert run.config().per_device_train_batch_size == 3 and manifest['chosen'] == 'three rows'
+    assert any('three rows' in line for line in logged) and len(seen) == 1 and max(seen[0]) <= config.max_length
+    given = new_run(config.model_copy(update=dict(run_name='given')), lambda line: None)
+    assert given.config().per_device_train_batch_size == 4 and 'chosen' not in json.loads(given.manifest_path.read_text())
 
 
-def test_what_was_chosen_is_checked_too(tmp_path):
+def test_what_was_chosen_is_checked_too(tmp_path, monkeypatch):
     config = quickstart_config(tmp_path, **SMALL, run_name='refused', runs_dir=str(tmp_path / 'runs'))
-    paged = lambda config, lengths: (config.model_copy(update=dict(optim='paged_adamw_8bit', device='cpu')), 'paged')
-    with pytest.raises(HomelabError, match='paged_adamw_8bit'): new_run(config, lambda line: None, paged)
+    paged = dict(optim='paged_adamw_8bit', device='cpu')
+    monkeypatch.setattr(pipeline, 'autoconfigure', lambda config, lengths: (config.model_copy(update=paged), 'paged'))
+    with pytest.raises(HomelabError, match='paged_adamw_8bit'): new_run(config, lambda line: None, auto_settings=True)
     assert not (tmp_path / 'runs').exists()
