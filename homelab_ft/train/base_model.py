@@ -14,7 +14,7 @@ from pathlib import Path
 from ..core import ConfigError, HardwareError, ModelError, model_path
 from ..config import RunConfig
 from ..io import file_fingerprint, fingerprint
-from .engine.batching import ONE_ROW
+from .engine.batching import SINGLE_SEQUENCE_OOM
 
 # %% ../../nbs/train/01_base_model.ipynb #0253ac26
 def resolve_device(
@@ -186,8 +186,8 @@ def explain_oom(
     "What to change when the GPU is out of memory."
     if type(error).__name__ != 'OutOfMemoryError': return error
     details = str(error).split('. ')[0]
-    if ONE_ROW in getattr(error, '__notes__', []):
-        return HardwareError('the GPU is out of memory', value=f'{details}; {ONE_ROW}',
+    if SINGLE_SEQUENCE_OOM in getattr(error, '__notes__', []):
+        return HardwareError('the GPU is out of memory', value=f'{details}; {SINGLE_SEQUENCE_OOM}',
                              next_step='close what else uses the GPU, or set method=qlora or a smaller max_length')
     return HardwareError('the GPU is out of memory', value=details, next_step='halve per_device_train_batch_size and double '
                          'gradient_accumulation_steps, or set gradient_checkpointing=true, method=qlora, or a smaller max_length')
