@@ -32,7 +32,7 @@ from .run_folder import (RunFolder, RunLock, RunStatus, check_start, log_event, 
 from .schedule import (count_sequences, epoch_steps, interval, learning_rate, lr_multiplier, make_optimizer, make_states,
                                        steps_per_epoch, total_steps)
 
-# %% ../../nbs/train/08_trainer.ipynb #75052f1f
+# %% ../../nbs/train/08_trainer.ipynb #8abbfdc2
 @dataclass
 class TrainState:
     "The numbers that change during a run."
@@ -53,7 +53,7 @@ class TrainState:
     control_line: int = 0                   # lines of the control file that are done
     projected: bool = False                 # whether time and cost were projected
 
-# %% ../../nbs/train/08_trainer.ipynb #292f9935
+# %% ../../nbs/train/08_trainer.ipynb #bdbb9fe2
 @dataclass
 class PendingMetrics:
     "The metrics of a step whose loss may still be on its way from the GPU."
