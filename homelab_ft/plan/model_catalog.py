@@ -7,16 +7,15 @@ __all__ = ['MODELS_FILE', 'CATALOG', 'MIXTURES', 'KNOWN', 'read_models_file', 'k
 
 # %% ../../nbs/plan/01_model_catalog.ipynb #ad459894
 from copy import deepcopy
-from pathlib import Path
 
 import yaml
 
-import homelab_ft
+from ..core import package_file
 
 # %% ../../nbs/plan/01_model_catalog.ipynb #a3636601
 def read_models_file() -> dict:      # `architectures` and `families`
     "The content of `models.yaml`."
-    path = Path(homelab_ft.__file__).parent / 'plan' / 'models.yaml'
+    path = package_file('plan/models.yaml')
     return yaml.safe_load(path.read_text(encoding='utf-8'))
 
 MODELS_FILE = read_models_file()

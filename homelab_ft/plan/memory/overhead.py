@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ...core import HardwareError, MiB
+from ...core import HardwareError, MiB, package_file
 from .spec import StepContext
 from .static import WORKSPACE_BYTES
 from .caching_allocator import SMALL
@@ -23,8 +23,7 @@ from .caching_allocator import SMALL
 def process_constants() -> dict:    # name -> bytes, and their `source`
     "The content of `process.yaml`."
     import yaml
-    import homelab_ft
-    return yaml.safe_load((Path(homelab_ft.__file__).parent / 'plan' / 'memory' / 'process.yaml').read_text(encoding='utf-8'))
+    return yaml.safe_load(package_file('plan/memory/process.yaml').read_text(encoding='utf-8'))
 
 # %% ../../../nbs/plan/memory/05_overhead.ipynb #e5fb433c
 def library_bytes(
