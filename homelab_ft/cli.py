@@ -166,7 +166,8 @@ def merge(
     args,                # parsed arguments
 ):
     "Make one plain model folder of a run and compare it with the fine-tuned model."
-    from homelab_ft.deploy.merge import merge, parity
+    from homelab_ft.deploy.merge import merge
+    from homelab_ft.deploy.parity import parity
     run = open_run(args.run, args.runs_dir)
     folder = merge(run, args.out)
     print(f'{folder}\n\n{parity(run, folder)}')

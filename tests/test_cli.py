@@ -222,4 +222,4 @@ def test_a_full_card_is_the_persons_to_mend(monkeypatch, capsys):
     monkeypatch.setattr(cli, 'read_settings', full)
     assert main(['data', '--data', 'x.csv']) == 2
     said = capsys.readouterr().err
-    assert 'the card is out of memory' in said and 'next step' in said and '--debug' not in said
+    assert 'the GPU is out of memory' in said and 'next step' in said and '--debug' not in said

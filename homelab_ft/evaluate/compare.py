@@ -18,7 +18,7 @@ from ..table import Table, table_html, table_markdown
 from ..io import now, read_jsonl, write_json
 from ..data.chat_template import encode, end_of_turn_ids, load_tokenizer, prompt_ids
 from ..data.preference import Answers, PreferencePairs
-from ..data.plain_text import is_text
+from ..data.tokenize import is_text
 from ..data.tokenize import TokenCache, load_cache, select
 from .bootstrap import Interval, paired_bootstrap, paired_bootstrap_accuracy
 from .likelihood import perplexity, sequence_nll

@@ -6,17 +6,15 @@
 __all__ = ['CATALOG', 'MIXTURES', 'KNOWN', 'read_catalog', 'known_config']
 
 # %% ../../nbs/plan/01_model_catalog.ipynb #7ae8ea07
+from ..core import package_file
 from copy import deepcopy
-from pathlib import Path
 
 import yaml
-
-import homelab_ft
 
 # %% ../../nbs/plan/01_model_catalog.ipynb #a3636601
 def read_catalog() -> dict:      # name -> keys of its `config.json`
     "The models of `models.yaml`."
-    path = Path(homelab_ft.__file__).parent / 'plan' / 'models.yaml'
+    path = package_file('plan/models.yaml')
     families = yaml.safe_load(path.read_text(encoding='utf-8')).values()
     return {
         name: family.get('defaults', {}) | config

@@ -19,7 +19,7 @@ from ..config import RunConfig, dump_config, load_config
 from ..core import RunError, fmt_duration, near_matches
 from ..io import append_jsonl, now, read_jsonl, write_atomic, write_json
 
-# %% ../../nbs/train/06_run_folder.ipynb #4a260cf6
+# %% ../../nbs/train/06_run_folder.ipynb #9bc6bf86
 MANIFEST_VERSION = 2
 RENAMED_ENGINE = dict(rows='packed', lora='fused_lora', loss='chunked_loss', graph='cuda_graph', table='embedding_offload',
                       recompute='policies', tile='mlp_chunk', held='merged_layers')      # version 1 -> 2

@@ -21,7 +21,7 @@ from ..hardware.machine import check_disk, detect_machine
 from .base_model import (explain_oom, load_base, model_fingerprint, peak_memory, resolve_device, resolve_dtype,
                                          validate_method, weight_bytes)
 from .checkpoint import checkpoints, prune, read_checkpoint, save_checkpoint, sweep
-from .dpo import check_preference, load_pairs, preference_engine
+from .dpo import check_preference, load_pairs, preference_step
 from .engine.features import describe_step, features_json
 from .engine.ops.device import current_port
 from .engine.padded import mean_nll
@@ -32,7 +32,7 @@ from .run_folder import (RunFolder, RunLock, RunStatus, check_start, log_event, 
 from .schedule import (count_sequences, epoch_steps, interval, learning_rate, lr_multiplier, make_optimizer, make_states,
                                        steps_per_epoch, total_steps)
 
-# %% ../../nbs/train/08_trainer.ipynb #75052f1f
+# %% ../../nbs/train/08_trainer.ipynb #8abbfdc2
 @dataclass
 class TrainState:
     "The numbers that change during a run."
@@ -53,7 +53,7 @@ class TrainState:
     control_line: int = 0                   # lines of the control file that are done
     projected: bool = False                 # whether time and cost were projected
 
-# %% ../../nbs/train/08_trainer.ipynb #292f9935
+# %% ../../nbs/train/08_trainer.ipynb #bdbb9fe2
 @dataclass
 class PendingMetrics:
     "The metrics of a step whose loss may still be on its way from the GPU."
@@ -329,13 +329,13 @@ def load_run(
 
     weights_dtype = 'float32' if config.method == 'full' else dtype
     base = load_base(config.model, config.method, weights_dtype, device, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
-    model = attach(base, config, dtype)
     n_bytes = weight_bytes(base)
+    model = attach(base, config, dtype)
     trainable, total = trainable_parameters(model)
     check_disk(run.path, 16 * trainable * (config.save_total_limit + 2))
 
     optimizer = make_optimizer(model, config)
-    if config.objective == 'dpo': step = preference_engine(model, config, train, device)
+    if config.objective == 'dpo': step = preference_step(model, config, train, device)
     else: step = build_step(model, config, train, device, dtype)
     update_manifest(run, machine=asdict(detect_machine()), device=device, dtype=dtype, engine=features_json(step.features),
                     base_model=model_fingerprint(config.model), training_rows=train.fingerprint, trainable_parameters=trainable,

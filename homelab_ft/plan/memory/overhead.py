@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ...core import HardwareError, MiB
+from ...core import HardwareError, MiB, package_file
 from .caching_allocator import SMALL_SIZE
 from .spec import StepContext
 from .static import WORKSPACE_BYTES
@@ -23,8 +23,7 @@ from .static import WORKSPACE_BYTES
 def process_constants() -> dict:    # name -> bytes, and their `source`
     "The content of `process.yaml`."
     import yaml
-    import homelab_ft
-    return yaml.safe_load((Path(homelab_ft.__file__).parent / 'plan' / 'memory' / 'process.yaml').read_text(encoding='utf-8'))
+    return yaml.safe_load(package_file('plan/memory/process.yaml').read_text(encoding='utf-8'))
 
 def library_bytes(
     policies: dict,         # checkpoint policy -> layers

@@ -11,10 +11,8 @@ import json
 from functools import cache
 from math import prod
 from operator import mul
-from pathlib import Path
 
-from ... import core
-from ...core import ConfigError
+from ...core import ConfigError, package_file
 from ...train.engine.ops.chunk_rules import MAX_LOGITS, chunk_size
 from ...train.engine.ops.checkpoint_policy import POLICIES
 from .spec import EstimateSpec, StepContext
@@ -30,7 +28,7 @@ def known_terms(
 ) -> dict:              # `made`: date and versions; `modes`: name -> terms
     "A data file; both modes of DoRA are in one."
     name = 'dora' if method.startswith('dora') else method
-    return json.loads((Path(core.__file__).parent / 'plan' / 'memory' / f'terms_{name}.json').read_text())
+    return json.loads(package_file(f'plan/memory/terms_{name}.json').read_text())
 
 def mode_name(
     shape,              # the model, a `ModelShape`
