@@ -13,6 +13,7 @@ from math import prod
 from operator import mul
 
 from ...core import ConfigError, package_file
+from ...train.engine.ops.chunk_rules import MAX_LOGITS, chunk_size
 from ...train.engine.ops.checkpoint_policy import POLICIES
 from .spec import EstimateSpec, StepContext
 from .static import sum_bytes
@@ -91,9 +92,8 @@ def chunk_for(
     vocab: int,             # entries of the vocabulary
     room: float = 2**63,    # bytes for a micro-batch beside what is there all the time
 ) -> int:                   # a multiple of 128
-    "Label positions of the loss at a time, as `PackedStep.fit_loss_chunk`."
-    logits = int(min(2**27, max(0, room) // 64))
-    return max(128, logits // vocab // 128 * 128)
+    "Label positions of the loss at a time, as `PackedStep.fit_loss`."
+    return chunk_size(vocab, int(min(MAX_LOGITS, max(0, room) // 64)))
 
 # %% ../../../nbs/plan/memory/04_packed_step.ipynb #46ec15ba
 def layer_terms(
