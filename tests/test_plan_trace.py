@@ -16,7 +16,7 @@ from homelab_ft.plan.trace import trace as traces
 from homelab_ft.plan.memory.caching_allocator import replay
 from homelab_ft.plan.trace.ledger import PARTS, Ledger, peaks
 from homelab_ft.plan.trace.trace import all_peaks, probe_configs, trace
-from homelab_ft.train import schedule as steps
+from homelab_ft.train import trainer
 from homelab_ft.plan.trace.fake_model import fill, meta_model, model_config
 from homelab_ft.train.lora import attach
 from homelab_ft.train.base_model import load_base, weight_bytes
@@ -54,7 +54,7 @@ def really(config, scene):
     job = make_job(MemoryTracer('cpu'), model, config, scene)
     for _ in range(2):
         model.zero_grad()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: job.engine.accumulate(job.train, [list(range(config.per_device_train_batch_size))])
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: job.step.accumulate(job.train, [list(range(config.per_device_train_batch_size))])
     return most(e.nbytes() for e in p.profiler.kineto_results.events() if e.name() == '[memory]')
 
 
@@ -111,7 +111,7 @@ def test_states_are_those_of_the_real_optimizer(optim):
     config, scene = make_config(per_device_train_batch_size=1, max_length=32, optim=optim), DryRunSpec(TINY | dict(num_hidden_layers=2), ['none'] * 2, card='cpu')
     witness, job = rehearse(config, scene)
     model = attach(AutoModelForCausalLM.from_config(model_config(TINY, 2)).requires_grad_(False), config, 'float32')
-    made = steps.make_optimizer(model, config)
+    made = trainer.make_optimizer(model, config)
     for p in job.parameters: assert p.numel() < 10**5
     for g in made.param_groups:
         for p in g['params']: p.grad = torch.ones_like(p)
@@ -192,15 +192,15 @@ def test_inputs_and_the_table_can_wait_in_host_memory():
     kept, _ = rehearse(config, DryRunSpec(untied, ['layer'] * 5))
     assert most(n for n, _ in witness.host.events) == 2 * 700 * 64 + 5 * 2 * 512 * 64
     assert peaks(kept.book)[1, 'forward']['weights'] - peaks(witness.book)[1, 'forward']['weights'] == 2 * 700 * 64 - 512      # a zero stays
-    assert job.engine.features.embedding_offload.on
+    assert job.step.features.embedding_offload.on
 
 
 def test_replacements_are_undone():
-    from homelab_ft.train.engine import padded as engine, packed as rows
+    from homelab_ft.train.engine.ops.device import DevicePort
     from homelab_ft.train.engine.ops import checkpointing as recompute
-    before = engine._send, rows._sent, recompute.is_prenorm_block, steps.read_losses
+    before = DevicePort.send, recompute.is_prenorm_block, trainer.read_losses
     rehearse(make_config(per_device_train_batch_size=1, max_length=32), DryRunSpec(TINY | dict(num_hidden_layers=2), ['none'] * 2, card='cpu'))
-    assert before == (engine._send, rows._sent, recompute.is_prenorm_block, steps.read_losses)
+    assert before == (DevicePort.send, recompute.is_prenorm_block, trainer.read_losses)
 
 
 # ---------------------------------------------------------------- the process

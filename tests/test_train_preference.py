@@ -16,10 +16,10 @@ from homelab_ft.data.preference import PreferencePairs
 from homelab_ft.data.sample.tickets import make_tickets
 from homelab_ft.data.tokenize import make_cache, save_cache
 from homelab_ft.evaluate.compare import load_evaluation
-from homelab_ft.pipeline import new_run as journey_run, run_journey
+from homelab_ft.pipeline import new_run as journey_run, run_pipeline
 from homelab_ft.train import trainer as training
 from homelab_ft.train.lora import adapter_tensors, attach_lora, set_adapter
-from homelab_ft.train.dpo import dpo_loss, pair_logps, preference_engine
+from homelab_ft.train.dpo import dpo_loss, pair_logps, preference_step
 from homelab_ft.train.launcher import start
 from homelab_ft.train.base_model import load_base
 from homelab_ft.train.run_folder import create_run, history, status
@@ -55,7 +55,7 @@ def pairs_of(n, seed=0, talk=False):
 def engine(folder, pairs, dtype='float32', moved=True, **settings):
     config = make_config(**dict(model=folder, objective='dpo', device='cpu', lora_r=4, dpo_beta=0.5) | settings)
     model = attach_lora(load_base(folder, config.method, dtype, 'cpu'), config)
-    steps = preference_engine(model, config, pairs, 'cpu')
+    steps = preference_step(model, config, pairs, 'cpu')
     torch.manual_seed(1)
     if moved: set_adapter(model, {k: torch.randn_like(v) * 0.2 if 'lora_B' in k else v for k, v in adapter_tensors(model).items()})
     return steps
@@ -90,7 +90,7 @@ def test_reference_is_the_base_and_not_the_adapter_as_it_was(folder):
     moved = adapter_tensors(steps.model)
     first = steps.loss(pairs, [0, 1, 2, 3])[1]
     config = make_config(model=folder, objective='dpo', device='cpu', lora_r=4, dpo_beta=0.5)
-    again = preference_engine(steps.model, config, pairs, 'cpu')         # as when a run goes on with a trained adapter
+    again = preference_step(steps.model, config, pairs, 'cpu')         # as when a run goes on with a trained adapter
     assert again.loss(pairs, [0, 1, 2, 3])[1] == pytest.approx(first, rel=1e-5)
     assert all(torch.equal(moved[k], v) for k, v in adapter_tensors(steps.model).items())
 
@@ -192,25 +192,25 @@ def journey_config(tmp_path, rows, **settings):
 def test_whole_journey(tmp_path):
     config = journey_config(tmp_path, preferences(200), learning_rate=1e-3, max_steps=12, eval_steps=12, save_steps=12, eval_fraction=0.3,
                             eval_max_rows=30, generate_max_rows=2, max_new_tokens=4, n_bootstrap=500)
-    run = run_journey(config, say=lambda line: None)
+    run = run_pipeline(config, log=lambda line: None)
     train, judged = history(run)['train'], load_evaluation(run)
     assert train[0]['loss'] == pytest.approx(math.log(2), rel=1e-5) and train[-1]['loss'] < 0.4
-    assert judged.measures[0].name == 'preference accuracy' and judged['reward accuracy'].tuned > 0.9 and judged['reward accuracy'].low > 0
-    assert judged['preference accuracy'].tuned > judged['preference accuracy'].base
+    assert judged.metrics[0].name == 'preference accuracy' and judged['reward accuracy'].fine_tuned > 0.9 and judged['reward accuracy'].low > 0
+    assert judged['preference accuracy'].fine_tuned > judged['preference accuracy'].base
     assert 'preference accuracy' in run.report_path.read_text(encoding='utf-8') and run.entry_path.exists() and run.merged_path.exists()
     assert json.loads(run.manifest_path.read_text())['engine']['packed'] == dict(on=False, reason='pairs, through TRL')
 
 
 def test_wrong_layout_and_wrong_settings_leave_nothing(tmp_path):
     one_answer = [{k: r[k] for k in ('prompt', 'chosen')} | {'answer': r['chosen']} for r in preferences(60)]
-    with pytest.raises(DataError, match='needs pairs of answers'): journey_run(journey_config(tmp_path, one_answer), say=lambda line: None)
-    with pytest.raises(ConfigError, match='neftune_noise_alpha does not go'): journey_run(journey_config(tmp_path, preferences(60), neftune_noise_alpha=5), say=lambda line: None)
+    with pytest.raises(DataError, match='needs pairs of answers'): journey_run(journey_config(tmp_path, one_answer), log=lambda line: None)
+    with pytest.raises(ConfigError, match='neftune_noise_alpha does not go'): journey_run(journey_config(tmp_path, preferences(60), neftune_noise_alpha=5), log=lambda line: None)
     assert not os.path.exists(tmp_path / 'runs')
 
 
 def test_sft_on_preferences_learns_the_chosen_answers(tmp_path):
     rows = preferences(60)
-    run = journey_run(journey_config(tmp_path, rows, objective='sft'), say=lambda line: None)
+    run = journey_run(journey_config(tmp_path, rows, objective='sft'), log=lambda line: None)
     plain = [dict(prompt=r['prompt'], completion=r['chosen']) for r in rows]
-    other = journey_run(journey_config(tmp_path, plain, objective='sft', run_name='q'), say=lambda line: None)
+    other = journey_run(journey_config(tmp_path, plain, objective='sft', run_name='q'), log=lambda line: None)
     assert (run.data_path / 'train.safetensors').read_bytes() == (other.data_path / 'train.safetensors').read_bytes()

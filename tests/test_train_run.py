@@ -16,7 +16,7 @@ from homelab_ft.core import HomelabError, RunError
 from homelab_ft.config import make_config
 from homelab_ft.data.tokenize import make_cache, save_cache
 from homelab_ft.io import append_jsonl, read_jsonl
-from homelab_ft.train import checkpoint, trainer as training, schedule as steps, run_folder as watch
+from homelab_ft.train import checkpoint, run_folder, trainer as training
 from homelab_ft.train.launcher import follow, start
 from homelab_ft.train.run_folder import create_run, events, history, send, status
 
@@ -59,9 +59,9 @@ def torn_save(obj, path, **_):
     die()
 
 
-def torn_line(path, record):
+def torn_line(run, **fields):
     "Half a line of metrics, then death."
-    with open(path, 'ab') as f: f.write(b'{"kind": "train", "st')
+    with open(run.metrics_path, 'ab') as f: f.write(b'{"kind": "train", "st')
     die()
 
 
@@ -78,13 +78,13 @@ def later(event): return lambda run, name, **k: die() if name == event else appe
 
 
 FAULTS = {
-    'while the rows are loaded': lambda: setattr(training, 'load_cache', die),
+    'while the data is loaded': lambda: setattr(training, 'load_cache', die),
     'while the weights are loaded': lambda: setattr(training, 'attach', die),
     'before the first checkpoint': lambda: setattr(training, 'train_step', nth(training.train_step, 3, die)),
     'in the first checkpoint': lambda: setattr(torch, 'save', torn_save),
     'before a checkpoint gets its name': lambda: setattr(checkpoint.os, 'rename', nth(os.rename, 2, die)),
     'while old checkpoints are deleted': lambda: setattr(checkpoint.shutil, 'rmtree', nth(checkpoint.shutil.rmtree, 8, die)),
-    'in the middle of a metrics line': lambda: setattr(steps, 'append_jsonl', nth(append_jsonl, 4, torn_line)),
+    'in the middle of a metrics line': lambda: setattr(training, 'log_metrics', nth(training.log_metrics, 4, torn_line)),
     'during validation': lambda: setattr(training, 'mean_nll', nth(training.mean_nll, 2, die)),
     'between the end and the adapter': lambda: setattr(training, 'save_adapter', die),
     'in the adapter': lambda: setattr(training, 'save_adapter', half_adapter),
@@ -170,15 +170,15 @@ def test_killed_again_and_again_at_random_moments(tmp_path, model, whole):
 
 def test_killed_between_the_last_evaluation_and_its_checkpoint(tmp_path, model, whole, monkeypatch):
     run, saves = new_run(tmp_path, model), []
-    save = training._save
+    save = training.save
 
-    def interrupted(job):
-        saves.append(job.state.step)
+    def interrupted(ctx):
+        saves.append(ctx.state.step)
         if saves.count(60) == 2: raise KeyboardInterrupt      # step 60 is saved by save_steps, then evaluated, then saved again
-        save(job)
-    monkeypatch.setattr(training, '_save', interrupted)
+        save(ctx)
+    monkeypatch.setattr(training, 'save', interrupted)
     with pytest.raises(KeyboardInterrupt): training.train(run)
-    monkeypatch.setattr(training, '_save', save)
+    monkeypatch.setattr(training, 'save', save)
     assert history(run)['eval'][-1]['step'] == 60
     finish(run)
     assert_same(run, whole)
@@ -277,9 +277,9 @@ def test_max_minutes_lays_the_schedule_over_what_fits(tmp_path, model):
 
 def test_nan_keeps_the_last_good_checkpoint(tmp_path, model, monkeypatch):
     run, real = new_run(tmp_path, model), training.train_step
-    def poisoned(job):
-        if job.state.step == 12: job.parameters[0].data.fill_(float('nan'))
-        real(job)
+    def poisoned(ctx):
+        if ctx.state.step == 12: ctx.parameters[0].data.fill_(float('nan'))
+        real(ctx)
     monkeypatch.setattr(training, 'train_step', poisoned)
     with pytest.raises(RunError, match='no longer a number at step 13'): training.train(run)
     assert status(run).state == 'failed' and 'no longer a number' in status(run).error
@@ -307,10 +307,30 @@ def test_a_full_disk_is_noticed_before_training(tmp_path, model, monkeypatch):
     assert not history(run)['train']
 
 
+OLD_NAMES = {new: old for old, new in checkpoint.RENAMED_STATE.items()}
+
+
+def test_a_run_of_an_earlier_version_can_be_read_and_continued(tmp_path, model, whole):
+    run = new_run(tmp_path, model)
+    append_jsonl(run.control_path, {'command': 'stop', 'value': None})
+    training.train(run)
+    manifest = json.loads(run.manifest_path.read_text())
+    del manifest['manifest_version']
+    manifest['engine'] = dict(rows='a processor', recompute={})          # as version 1 wrote it
+    run.manifest_path.write_text(json.dumps(manifest))
+    for path in checkpoint.checkpoints(run.checkpoints_path):
+        state = json.loads((path / 'state.json').read_text())
+        (path / 'state.json').write_text(json.dumps({OLD_NAMES.get(k, k): v for k, v in state.items()}))
+    assert run.manifest()['manifest_version'] == run_folder.MANIFEST_VERSION and run.manifest()['engine']['packed'] == dict(on=False, reason='a processor')
+    finish(run)
+    assert_same(run, whole)
+    assert json.loads(run.manifest_path.read_text())['manifest_version'] == run_folder.MANIFEST_VERSION
+
+
 def test_the_finished_event_has_what_a_report_needs(whole):
     end = events(whole)[-1]
     assert end['tokens'] > 0 and end['tokens_per_second'] > 0 and end['joules'] > 0 and end['energy_source'] and end['peak_resident'] > 2**20
-    pilot = happened(whole, 'pilot')[0]
-    assert pilot['seconds_low'] <= pilot['seconds'] <= pilot['seconds_high']
-    assert watch.versions().items() <= json.loads(whole.manifest_path.read_text())['versions'].items()
+    projection = happened(whole, 'projection')[0]
+    assert projection['seconds_low'] <= projection['seconds'] <= projection['seconds_high']
+    assert run_folder.versions().items() <= whole.manifest()['versions'].items()
     assert [r['step'] for r in read_jsonl(whole.metrics_path) if r['kind'] == 'eval'][-1] == 60

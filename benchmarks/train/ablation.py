@@ -57,7 +57,7 @@ def main(path, method, gib, *names):
                 options, patches = CASES[name]
                 with ExitStack() as stack:
                     for where, what, instead in patches: stack.enter_context(patch.object(where, what, instead))
-                    step = fast.prepare(model, fast.StepOptions(**dict(longest=LENGTH, budget=ROWS * LENGTH, fixed=shape) | options))
+                    step = fast.autotune(model, fast.StepOptions(**dict(max_seq_len=LENGTH, max_tokens_per_microbatch=ROWS * LENGTH, fixed_bucket=shape) | options))
                     measure(step, data, steps, **about)
                     close(step)
             except Exception as e: say(about | dict(failed=f'{type(e).__name__}: {str(e)[:200]}'))

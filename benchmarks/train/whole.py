@@ -10,7 +10,7 @@ import torch
 from homelab_ft.config import make_config
 from homelab_ft.plan.model_catalog import known_config
 from homelab_ft.plan import probe
-from homelab_ft.train import schedule as steps
+from homelab_ft.train import trainer
 
 CASES = (dict(model='SmolLM2-135M', per_device_train_batch_size=8, max_length=1024, gradient_checkpointing=False),
          dict(model='Qwen3-0.6B', per_device_train_batch_size=2, max_length=2048, gradient_checkpointing=False, optim='adamw_8bit'),
@@ -25,7 +25,7 @@ def timed(settings):
     for _ in range(WARM + TIMED):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        steps.train_step(job)
+        trainer.train_step(job)
         torch.cuda.synchronize()
         found.append(time.perf_counter() - began)
     return found[WARM:]

@@ -11,7 +11,7 @@ import torch
 
 from homelab_ft.config import make_config
 from homelab_ft.plan.model_catalog import known_config
-from homelab_ft.train import schedule as steps
+from homelab_ft.train import trainer
 from homelab_ft.train.engine.features import features_json
 from homelab_ft.plan.probe import STEPS, probe_job
 from homelab_ft.train.run_folder import versions
@@ -42,7 +42,7 @@ def open_context():
 
 def keep_all(job):
     "From now on a card that is full ends the run: recordings, merged matrices and policies stay as they were prepared."
-    job.engine.downgrade_after_oom = lambda: False
+    job.step.downgrade_after_oom = lambda: False
 
 
 def measure(settings, limit_gib, fixed=False):
@@ -55,12 +55,12 @@ def measure(settings, limit_gib, fixed=False):
     prepared, at_rest, highest = time.monotonic() - began, torch.cuda.memory_allocated(), 0
     torch.cuda.reset_peak_memory_stats()
     for _ in range(STEPS):
-        steps.train_step(job)
+        trainer.train_step(job)
         torch.cuda.synchronize()
         total, each = on_card()
         highest = max(highest, (each.get(mine) or 0) if mine else total - used)
     return dict(allocated=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved(), process=highest, alone=mine is not None, context=context,
-                at_rest=at_rest, prepare_seconds=round(prepared, 1), features=features_json(job.engine.features), chunk=getattr(job.engine, 'chunk', 0),
+                at_rest=at_rest, prepare_seconds=round(prepared, 1), features=features_json(job.step.features), chunk=getattr(job.step, 'loss_chunk', 0),
                 retries=torch.cuda.memory_stats()['num_alloc_retries'], allocator=os.environ.get('PYTORCH_ALLOC_CONF', ''),
                 card=torch.cuda.get_device_name(), versions=versions())
 

@@ -22,7 +22,7 @@ from .memory.overhead import probes_file, process_bytes, read_probes
 from .trace.trace import _raw, trace
 from ..train.engine import autotune as fast, packing
 from ..train.engine.features import features_json
-from ..train import schedule as steps
+from ..train import trainer
 from .trace.random_model import random_model
 
 # %% ../../nbs/plan/10_probe.ipynb #654175ad
@@ -33,15 +33,15 @@ def probe_job(
     raw: dict,              # content of `config.json`
     device: str = 'cuda',   # 'cpu': the plain step
     layers: int = 0,        # decoder layers to keep; 0: all
-) -> steps.TrainerContext:
+) -> trainer.TrainerContext:
     "What `train_step` wants, prepared as in a run, with random weights and rows."
     model = random_model(config, raw, device, layers)
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * (STEPS + 1)
-    cache = packing.RandomRows([config.max_length] * rows, 1., model.config.vocab_size)
+    cache = packing.RandomSequences([config.max_length] * rows, 1., model.config.vocab_size)
     engine = fast.build_step(model, config, cache, device, 'bfloat16' if config.dtype == 'auto' else config.dtype)
     run = SimpleNamespace(metrics_path=Path(tempfile.mkdtemp()) / 'metrics.jsonl')
     asked = config.model_copy(update=dict(warmup_steps=0))
-    return steps.TrainerContext(run, asked, model, engine, steps.make_optimizer(model, config), cache, None, steps.State(total_steps=STEPS + 1, peak=1e-5), None)
+    return trainer.TrainerContext(run, asked, model, engine, trainer.make_optimizer(model, config), cache, None, trainer.TrainState(total_steps=STEPS + 1, peak_lr=1e-5), None)
 
 # %% ../../nbs/plan/10_probe.ipynb #253befe6
 def _held_here(live) -> int:
@@ -90,9 +90,9 @@ def probe_table(
 # %% ../../nbs/plan/10_probe.ipynb #3d8be6f4
 def _predicted(config, job) -> dict:
     "The traced figures for the step as it was prepared."
-    features, capability = job.engine.features, torch.cuda.get_device_capability()
+    features, capability = job.step.features, torch.cuda.get_device_capability()
     policies = features.policies or None
-    said = trace(config, policies, tile=features.mlp_chunk, chunk=getattr(job.engine, 'chunk', 0), card='hopper' if capability >= (9, 0) else 'ampere',
+    said = trace(config, policies, tile=features.mlp_chunk, chunk=getattr(job.step, 'loss_chunk', 0), card='hopper' if capability >= (9, 0) else 'ampere',
                  table_away=features.embedding_offload.on, held=features.merged_layers, whole=not features.packed.on)       # gaps of padded rows grow with the layers
     return dict(allocated=said.first_pass if features.peak_bytes else said.allocated, reserved=said.reserved, process=said.process)
 
@@ -106,7 +106,7 @@ def _measured(config) -> tuple:
     job = probe_job(config, _raw(config.model))
     torch.cuda.reset_peak_memory_stats()
     for _ in range(STEPS):
-        steps.train_step(job)
+        trainer.train_step(job)
         torch.cuda.synchronize()
         highest = max(highest, process_now(live_gpu(), before))
     return job, context, highest
@@ -120,15 +120,15 @@ def probe(
         raise HardwareError('there is no card to probe', value='none', allowed='an NVIDIA card', next_step='plan without one: homelab-ft plan --gpu NAME')
     from homelab_ft.train.run_folder import versions
     job, context, highest = _measured(config)
-    return Probe(torch.cuda.get_device_name(), job.engine.features.peak_bytes or torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(),
-                 highest, context, _predicted(config, job), features_json(job.engine.features), versions(), config.method)
+    return Probe(torch.cuda.get_device_name(), job.step.features.peak_bytes or torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(),
+                 highest, context, _predicted(config, job), features_json(job.step.features), versions(), config.method)
 
 # %% ../../nbs/plan/10_probe.ipynb #97c509a1
 def _correction(found) -> int:
     "Bytes that the card takes beside PyTorch's memory beyond what the plan has for it."
     features = found.features
     on = {name: features.get(name, {}).get('on', False) for name in ('cuda_graph', 'compile')}
-    said = process_bytes(0, features.get('policies', {}), on['cuda_graph'], on['compile'], eight_bits=found.method == 'int8')
+    said = process_bytes(0, features.get('policies', {}), on['cuda_graph'], on['compile'], int8=found.method == 'int8')
     return found.process - found.reserved - said
 
 # %% ../../nbs/plan/10_probe.ipynb #ff394148
@@ -136,7 +136,7 @@ def remember(
     found: Probe,           # from `probe`
 ) -> Path:                  # the file
     "Write down what the card takes beside tensors, for plans to come; an older entry of the card is replaced."
-    entry = dict(context=found.context, libraries=found.libraries, correction=_correction(found), error=found.predicted['process'] / found.process - 1, versions=found.versions, date=now()[:10])
+    entry = dict(context=found.context, libraries=found.libraries, overhead_offset=_correction(found), error=found.predicted['process'] / found.process - 1, versions=found.versions, date=now()[:10])
     return write_json(probes_file(), read_probes() | {found.card: entry})
 
 # %% ../../nbs/plan/10_probe.ipynb #2d9334d7

@@ -24,7 +24,7 @@ from ...config import RunConfig, make_config
 from ...train.engine.ops import varlen_attention as attention, checkpointing as recompute, offload as shelf
 from ...train.engine.ops.device import DevicePort
 from ...train.engine import padded as engine, packing, packed as rows
-from ...train import schedule as steps
+from ...train import trainer
 from ...train.engine.features import Feature, features_json
 from ...train.engine.memory_budget import StepOptions
 from .fake_model import fill, meta_model, dequantized_weight
@@ -91,11 +91,10 @@ def gpu_patches(
     quiet_libraries()
     import bitsandbytes
     from peft.tuners.lora import dora
-    found = [patch.object(engine, '_send', _hollow),
-             patch.object(rows, '_sent', lambda batch, device: {k: _hollow(t) for k, t in batch.items()}),
+    found = [patch.object(DevicePort, 'send', lambda self, tensor, device: _hollow(tensor)),
              patch.object(masking_utils, 'find_packed_sequence_indices', lambda position_ids: None),
              patch.object(recompute, 'is_prenorm_block', _real(recompute.is_prenorm_block)),
-             patch.object(steps, 'read_losses', lambda job, leave: None),
+             patch.object(trainer, 'read_losses', lambda job, leave: None),
              patch.object(shelf.OffloadedTensor, '__init__', _in_host_memory(witness, shelf.OffloadedTensor.__init__)),
              patch.object(bitsandbytes, 'matmul', _int8_matmul),
              patch.object(dora, 'dequantize_module_weight', dequantized_weight)]
@@ -106,7 +105,7 @@ def gpu_patches(
 # %% ../../../nbs/plan/trace/06_dry_run.ipynb #ee9d3397
 def _mark_phases(witness, model):
     "Let the decoder say where it is."
-    decoder = engine._plain_model(model).base_model
+    decoder = engine.unwrap_peft(model).base_model
     def ends(module, args, out):
         "The loss begins; its gradient will begin the backward pass."
         witness.mark('loss')
@@ -132,7 +131,7 @@ def _pretend_kernels(witness, made):
 # %% ../../../nbs/plan/trace/06_dry_run.ipynb #c10c1d53
 def _make_optimizer(witness, model, config):
     "The optimizer of a run; before its step it names gradients, after it states."
-    made = _real(steps.make_optimizer)(model, config)
+    made = _real(trainer.make_optimizer)(model, config)
     if hasattr(made, 'fill_qmap'): _pretend_kernels(witness, made)
     trained = [p for g in made.param_groups for p in g['params']]
     def begins(*_):
@@ -154,7 +153,7 @@ def why_padded(
 ) -> str:                   # empty: rows end to end
     "What keeps a run from rows end to end; `ConfigError` if it asks for them nevertheless."
     wanted = any(x is True for x in (config.packing, config.padding_free, config.cuda_graph, config.torch_compile))
-    why = 'all weights learn' if config.method == 'full' else engine.unsupported_reason(model) or attention.unsupported_attention(engine._plain_model(model))
+    why = 'all weights learn' if config.method == 'full' else engine.unsupported_reason(model) or attention.unsupported_attention(engine.unwrap_peft(model))
     if wanted and why: raise ConfigError('rows of this model cannot be laid end to end', value=why, allowed='padded rows', next_step='set packing=false and padding_free=auto')
     if wanted: return ''
     return 'switched off' if config.padding_free is False else why or ('no GPU' if card == 'cpu' or config.dtype == 'float32' else '')
@@ -185,10 +184,10 @@ def _flat(model, config, scene) -> rows.PackedStep:
     options = StepOptions(config.max_length, _pass_size(config, scene), tuple(scene.shape), label_smoothing=config.label_smoothing_factor, host_bytes=scene.host_bytes)
     step = rows.PackedStep(model, options)
     if _compiles(config, scene):
-        step.run, step.math = compile_for_memory(step.layers), outlined_loss
+        step.compiled_forward, step.chunk_loss = compile_for_memory(step.layers), outlined_loss
         step.features.compile = Feature(True)
     step.apply_policies(scene.policies, scene.tile)
-    step.chunk = scene.chunk
+    step.loss_chunk = scene.chunk
     return step
 
 # %% ../../../nbs/plan/trace/06_dry_run.ipynb #d0c3a7b8
@@ -211,8 +210,8 @@ def _make_step(witness, model, config, scene):
     if config.method == 'full': return full_step(model, again, config.label_smoothing_factor, lean=scene.card != 'cpu')
     if why: return engine.PaddedStep(model, why, again, config.label_smoothing_factor)
     step = _flat(model, config, scene)
-    if scene.table_away and step.offload_embedding(): witness.leaves(step.table.table)
-    if step.copies: _name_copies(witness, step.copies)
+    if scene.table_away and step.offload_embedding(): witness.leaves(step.offloaded_embedding.table)
+    if step.adapter_casts: _name_copies(witness, step.adapter_casts)
     if scene.gradients: _stay(witness, step)
     return step
 
@@ -221,7 +220,7 @@ def _stay(witness, step):
     "Let every pass find gradients."
     def keep():
         "Gradients stay, of zeros where there are none."
-        step.keep_gradients()
+        step.allocate_gradients()
         witness.tag([p.grad for p in step.parameters], 'gradients')
     step.zero_grad = keep
     keep()
@@ -232,14 +231,14 @@ def make_job(
     model,                  # filled
     config: RunConfig,      # settings of a run
     scene: DryRunSpec,           # what is rehearsed
-) -> steps.TrainerContext:
+) -> trainer.TrainerContext:
     "What `train_step` wants, with random rows and no run folder: two steps, of at most two passes each."
     lengths, passes = _lengths(config, scene), min(2, config.gradient_accumulation_steps)
-    cache = packing.RandomRows(lengths * passes * 2, _share(lengths, scene.shape), model.config.vocab_size)
+    cache = packing.RandomSequences(lengths * passes * 2, _share(lengths, scene.shape), model.config.vocab_size)
     step, made = _make_step(witness, model, config, scene), _make_optimizer(witness, model, config)
     _name_gradients(witness, [p for g in made.param_groups for p in g['params']])
     taken = config.model_copy(update=dict(per_device_train_batch_size=len(lengths), gradient_accumulation_steps=passes, packing=False))
-    return steps.TrainerContext(None, taken, model, step, made, cache, None, steps.State(total_steps=2, peak=1e-4), None)
+    return trainer.TrainerContext(None, taken, model, step, made, cache, None, trainer.TrainState(total_steps=2, peak_lr=1e-4), None)
 
 # %% ../../../nbs/plan/trace/06_dry_run.ipynb #79e37c32
 def rehearse(
@@ -257,7 +256,7 @@ def rehearse(
         job = make_job(witness, model, config, scene)
         for witness.step in (1, 2):
             witness.mark('forward')
-            steps.train_step(job)
+            trainer.train_step(job)
     return witness, job
 
 # %% ../../../nbs/plan/trace/06_dry_run.ipynb #cc7feca2
@@ -267,7 +266,7 @@ def told(
 ) -> dict:                  # for JSON
     "What a rehearsal has to say."
     host = max(accumulate(n for n, _ in witness.host.events), default=0)
-    return dict(book=asdict(witness.book), host=host, features=features_json(job.engine.features))
+    return dict(book=asdict(witness.book), host=host, features=features_json(job.step.features))
 
 # %% ../../../nbs/plan/trace/06_dry_run.ipynb #3fc1ad80
 def _one(

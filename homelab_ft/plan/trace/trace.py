@@ -15,12 +15,11 @@ from ...config import RunConfig
 from ...table import Table
 from .layer_extrapolation import phase_peak, extrapolate, segments, probe_configs
 from .ledger import PARTS, Ledger, lives
-from ..model_catalog import KNOWN, MIXTURES, known_config
 from ...train.engine.ops.checkpoint_policy import POLICIES
-from ..memory.overhead import process_bytes, process_constants
+from ..memory.overhead import ASSUMED_OVERHEAD, process_bytes, process_constants
 from .memory_pools import capture_workspaces, merged_bytes, pool_bytes, pools_of
-from ..model_shape import _config_path, _find_config, model_shape
-from ..memory.estimate import ASSUMED_OVERHEAD, _check_sizes
+from ..model_shape import model_shape, read_model_config
+from ..memory.estimate import check_length
 
 # %% ../../../nbs/plan/trace/09_trace.ipynb #0df8972b
 @dataclass(frozen=True)
@@ -82,9 +81,7 @@ def all_peaks(
 # %% ../../../nbs/plan/trace/09_trace.ipynb #76e94ef9
 def _raw(model) -> dict:
     "Content of a model's `config.json`, wherever it is."
-    if str(model) in KNOWN or str(model) in MIXTURES: return known_config(str(model))
-    path = _config_path(core.embedded_model() if str(model) == 'embedded' else model) or _find_config(str(model))
-    return json.loads(path.read_text(encoding='utf-8'))
+    return read_model_config(model)
 
 # %% ../../../nbs/plan/trace/09_trace.ipynb #11368d10
 def policy_counts(
@@ -143,13 +140,13 @@ def trace(
     host_bytes: int = 0,        # host memory for results of attention, where inputs wait there too
     table_away: bool = False,   # the embedding table is in host memory, if it is frozen and not the output head too
     held: int = 0,              # layers whose merged matrices are held, see `process.held_layers`
-    correction: int = 0,        # bytes that this card takes beyond the usual, from `outside.correction_for`
+    correction: int = 0,        # bytes that this card takes beyond the usual, from `overhead.overhead_offset_for`
     tried: bool = False,        # padded rows, after rows end to end were tried and refused, as a run does unless `padding_free` is false
     whole: bool = False,        # trace all layers, for `events`, and for the gaps in `reserved` as they are
 ) -> MemoryTrace:
     "The memory of a run; `ConfigError` and `ModelError` for what cannot be, before the process is started."
     began, sizes = time.monotonic(), model_shape(config.model).reject_moe()
-    _check_sizes(sizes, config.max_length, 1., per_device_train_batch_size=config.per_device_train_batch_size)
+    check_length(sizes, config.max_length)
     counts = policy_counts(config, sizes.num_hidden_layers, policies)
     _check_pass(config, shape, counts, tile, chunk)
     few = probe_configs(counts, whole or sizes.model_type in ALTERNATING)
@@ -157,7 +154,7 @@ def trace(
     scenes = [common | dict(policies=[k for k, n in c.items() for _ in range(n)]) for c in few]
     found = _ask(dict(config=config.model_dump(), scenes=scenes))
     recorded = card != 'cpu' and not table_away and _records(config, counts, found[0]['features'])
-    process = dict(recorded=recorded, held=held * merged_bytes(sizes, config.target_modules), card=card, correction=correction, eight_bits=config.method == 'int8')
+    process = dict(recorded=recorded, held=held * merged_bytes(sizes, config.target_modules), card=card, overhead_offset=correction, int8=config.method == 'int8')
     return _result(found, counts, process, [sum(c.values()) for c in few], began)
 
 # %% ../../../nbs/plan/trace/09_trace.ipynb #41820605
@@ -170,7 +167,7 @@ def _outside(books, counts, compiled, recorded, held, card, **more) -> tuple:
     "Reserved and process bytes. On a processor there is nothing beside tensors."
     few = [pools_of(book, recorded) for book in books]
     reserved = sum(pool_bytes(books, pool, counts) for pool in zip(*few)) + (capture_workspaces(books[0]) if recorded else 0) + held
-    if recorded and more['eight_bits'] and 'none' in counts: reserved += process_constants()['gaps_eight_bits']
+    if recorded and more['int8'] and 'none' in counts: reserved += process_constants()['int8_reserved']
     return reserved, reserved if card == 'cpu' else process_bytes(reserved, counts, recorded, compiled, **more)
 
 # %% ../../../nbs/plan/trace/09_trace.ipynb #78f16c36
