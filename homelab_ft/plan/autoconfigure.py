@@ -70,7 +70,8 @@ class Choice:
 
     def __str__(self):
         row = self.row
-        batch = f'{row["batch × accumulation"]} {"packed " if self.packing else ""}sequences of up to {row["length"]} tokens'
+        kind = 'packed sequences' if self.packing else 'sequences'
+        batch = f'{row["batch × accumulation"]} {kind} of up to {row["length"]} tokens'
         return f'{row["method"]}, {batch}, {row["optimizer"]}: {row["peak"]} at the peak. Gives up: {row["gives up"]}'
 
 # %% ../../nbs/plan/06_autoconfigure.ipynb #cecdd988
@@ -119,7 +120,9 @@ def longest_that_fits(
     size, steps = min(divisions(search, longest, False))
     spec = search.estimate.replace(
         method=method, optim=optim, batch_size=size, gradient_accumulation_steps=steps)
-    def too_long(length): return not search.plan(spec.replace(length=length)).fits(search.limit, search.margin)
+    def too_long(length):
+        est = search.plan(spec.replace(length=length))
+        return not est.fits(search.limit, search.margin)
     return MIN_LENGTH + bisect_left(range(MIN_LENGTH, longest), True, key=too_long) - 1
 
 # %% ../../nbs/plan/06_autoconfigure.ipynb #628fb76b
@@ -157,7 +160,8 @@ def concessions(
             time = f', {seconds:.2g} s more'
         at_once = estimate(shape, spec, batch_size=spec.batch_size * steps, gradient_accumulation_steps=1)
         add(f'{steps} micro-batches for a step', at_once.peak, est.peak, time)
-    if choice.shortened: texts.append(f'{choice.shortened} of {len(search.lengths)} examples are cut to {length} tokens')
+    if choice.shortened:
+        texts.append(f'{choice.shortened} of {len(search.lengths)} examples are cut to {length} tokens')
     return texts
 
 # %% ../../nbs/plan/06_autoconfigure.ipynb #73751291
@@ -176,10 +180,11 @@ def make_search(
     "The search for settings; `ConfigError` for what cannot be, `ModelError` for a mixture of experts."
     target = plan_target(where) if isinstance(where, (str, Gpu)) else PlanTarget('', where)
     check_limit(target.limit, margin)
-    settings = {k: v for k, v in settings.items() if not (isinstance(v, str) and v == 'auto')}
+    settings = {k: v for k, v in settings.items() if str(v) != 'auto'}
     batch = {k: settings.pop(k) for k in BATCH_SETTINGS if k in settings}
     check_fields(settings, without=('batch_size', 'length', 'gradient_accumulation_steps'))
-    check_positive(integer=True, global_batch=global_batch, **{k: v for k, v in batch.items() if k != 'packing'})
+    counts = {k: v for k, v in batch.items() if k != 'packing'}
+    check_positive(integer=True, global_batch=global_batch, **counts)
     check_positive(epochs=epochs, tokens=1 if tokens is None else tokens)
     given = EstimateSpec(**settings)
     lengths = np.atleast_1d(np.asarray(lengths))
@@ -208,7 +213,9 @@ def find_settings(
                 if best: choices.append(best)
         except ConfigError as e: problems.append(e)
     if len(problems) == len(search.methods): raise problems[0]
-    choices.sort(key=lambda c: (c.shortened > 0, METHODS.index(c.spec.method), '8bit' in c.spec.optim, c.seconds))
+
+    def order(c): return c.shortened > 0, METHODS.index(c.spec.method), '8bit' in c.spec.optim, c.seconds
+    choices.sort(key=order)
     return [complete(search, choice) for choice in choices]
 
 def complete(
@@ -223,14 +230,15 @@ def complete(
         kept = search.lengths_up_to(choice.spec.length).sum() / search.lengths.sum()
         time = hours(float(search.tokens * kept), speed, search.epochs)
     text = '; '.join(concessions(search, choice)) or 'nothing'
-    return replace(choice, tokens_per_second=speed, hours=time, what_it_gives_up=text[0].upper() + text[1:] + '.')
+    text = text[0].upper() + text[1:] + '.'
+    return replace(choice, tokens_per_second=speed, hours=time, what_it_gives_up=text)
 
 def choices_table(
     choices: list,       # from `find_settings`
 ) -> Table:
     "One row per choice, the best first."
-    rows = [choice.row for choice in choices]
-    return Table(list(rows[0]) if rows else ['method'], [list(row.values()) for row in rows])
+    headers = list(choices[0].row) if choices else ['method']
+    return Table(headers, [list(choice.row.values()) for choice in choices])
 
 # %% ../../nbs/plan/06_autoconfigure.ipynb #0e659304
 OPEN_SETTINGS = ('method', 'optim', 'gradient_checkpointing', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'packing')
@@ -259,14 +267,15 @@ def autoconfigure(
     given = given_settings(config)
     lengths = [config.max_length] if lengths is None else lengths
     global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    settings = vars(EstimateSpec.from_config(config).replace(overhead_offset=overhead_offset))
-    closed = {k: v for k, v in settings.items() if k not in ('batch_size', 'length', *OPEN_SETTINGS)}
-    closed |= given | dict(max_length=int(max(lengths)))
+    spec = EstimateSpec.from_config(config).replace(overhead_offset=overhead_offset)
+    open_fields = ('batch_size', 'length', *OPEN_SETTINGS)
+    settings = {k: v for k, v in vars(spec).items() if k not in open_fields}
+    settings |= given | dict(max_length=int(max(lengths)))
     shape = model_shape(config.model)
     methods = [given['method']] if 'method' in given else ['lora', 'qlora']
     for method in methods:
-        search = make_search(where, shape, lengths, global_batch, config.num_train_epochs, **closed | dict(method=method))
-        choices = find_settings(search)
+        settings['method'] = method
+        choices = find_settings(make_search(where, shape, lengths, global_batch, config.num_train_epochs, **settings))
         if choices: break
     choice = choices[0] if choices else None
     least = dict(method=methods[-1], per_device_train_batch_size=1, gradient_accumulation_steps=global_batch)

@@ -10,9 +10,9 @@ from bisect import bisect_left
 
 import numpy as np
 
-from ..core import ConfigError, near_matches
 from .memory.estimate import EstimateSpec, estimate_with_checkpointing
 from .memory.spec import check_fields, make_spec
+from .memory.static import _check_choice
 from .model_catalog import KNOWN
 from .model_shape import model_shape
 from .search import estimate_policies
@@ -30,16 +30,15 @@ def max_value(
     **changes,                   # fields of `EstimateSpec` with other values
 ) -> tuple:                      # (the largest value, its estimate); (0, the smallest one's estimate) if nothing fits
     "The largest value that fits, with policies fitted to the limit."
-    if name not in MAX_VALUES:
-        near = near_matches(name, MAX_VALUES)
-        next_step = f'did you mean {near[0]}?' if near else 'choose from these'
-        raise ConfigError('unknown name of a value', value=name, allowed=', '.join(MAX_VALUES), next_step=next_step)
+    _check_choice('name of a value', name, MAX_VALUES)
     check_limit(limit, margin)
     check_fields(changes, without=(name, 'policies', 'gradient_checkpointing'))
     spec = make_spec(spec, **changes)
-    def plan(value): return estimate_with_checkpointing(shape, limit, margin, spec.replace(**{name: value}))
     highest = MAX_VALUES[name] or shape.max_position_embeddings
-    value = bisect_left(range(1, highest + 1), True, key=lambda n: not plan(n).fits(limit, margin))
+
+    def plan(value): return estimate_with_checkpointing(shape, limit, margin, spec.replace(**{name: value}))
+    def too_large(value): return not plan(value).fits(limit, margin)
+    value = bisect_left(range(1, highest + 1), True, key=too_large)
     return value, plan(value or 1)
 
 # %% ../../nbs/plan/07_limits.ipynb #91b98a9f
@@ -54,8 +53,9 @@ def largest_model(
     check_limit(limit, margin)
     check_fields(changes, without=('policies', 'gradient_checkpointing'))
     spec = make_spec(spec, **changes)
-    shapes = {name: model_shape(name) for name in (KNOWN if names is None else names)}
-    for name, shape in sorted(shapes.items(), key=lambda pair: -pair[1].n_params):
+    shapes = {name: model_shape(name) for name in names or KNOWN}
+    for name in sorted(shapes, key=lambda name: shapes[name].n_params, reverse=True):
+        shape = shapes[name]
         if spec.length > shape.max_position_embeddings: continue
         est = estimate_with_checkpointing(shape, limit, margin, spec)
         if est.fits(limit, margin): return name, est

@@ -96,13 +96,9 @@ class ModelShape:
     @property
     def small_params(self) -> int:
         "Biases, norms and attention sinks of the whole model: never quantized."
-        layers = self.num_hidden_layers * self.linear_params
-        return self.n_params - layers - self.embedding_params - self.num_hidden_layers * self.expert_params
-
-    @property
-    def expert_params(self) -> int:
-        "Experts (three matrices each) and router of one layer, biases included: never quantized; 0 in a dense model."
-        return (self.counts['experts'] + self.counts['router']) // self.num_hidden_layers
+        counts = self.counts
+        matrices = self.num_hidden_layers * self.linear_params + counts['experts'] + counts['router']
+        return self.n_params - matrices - self.embedding_params
 
     def masked(self,
         length: int,     # tokens per sequence
@@ -163,24 +159,27 @@ def read_experts(
             'only some layers of this model have experts', value='mlp_only_layers, decoder_sparse_step',
             allowed='experts in every layer', next_step='choose another model')
     width = 'moe_intermediate_size' if config['model_type'] == 'qwen3_moe' else 'intermediate_size'
-    sizes = {'num_experts': config.get('num_local_experts', config.get('num_experts')), width: config.get(width)}
+    number = config.get('num_local_experts', config.get('num_experts'))
+    sizes = {'num_experts': number, width: config.get(width)}
     check_sizes(sizes)
-    return sizes['num_experts'], sizes[width]
+    return number, sizes[width]
 
 # %% ../../nbs/plan/02_model_shape.ipynb #2f7e312c
 def layer_linears(
-    sizes: dict,         # of the model
-    arch: Architecture,
-    attention_bias: bool,
-    mlp_bias: bool,
+    sizes: dict,             # of the model
+    arch: Architecture,      # its architecture
+    attention_bias: bool,    # in all four matrices of attention
+    mlp_bias: bool,          # in those of the MLP
 ) -> dict:               # name -> (inputs, outputs, has bias)
     "The `torch.nn.Linear` matrices of one decoder layer."
     hidden, inner = sizes['hidden_size'], sizes['intermediate_size']
     q = sizes['num_attention_heads'] * sizes['head_dim']
     kv = sizes['num_key_value_heads'] * sizes['head_dim']
     if arch.fused: return dict(
-        qkv_proj=(hidden, q + 2 * kv, False), o_proj=(q, hidden, False),
-        gate_up_proj=(hidden, 2 * inner, False), down_proj=(inner, hidden, False))
+        qkv_proj=(hidden, q + 2 * kv, False),
+        o_proj=(q, hidden, False),
+        gate_up_proj=(hidden, 2 * inner, False),
+        down_proj=(inner, hidden, False))
     qkv_bias = attention_bias or arch.qkv_bias
     attention = dict(
         q_proj=(hidden, q, qkv_bias),
@@ -189,7 +188,9 @@ def layer_linears(
         o_proj=(q, hidden, attention_bias))
     if arch.mixture: return attention
     return attention | dict(
-        gate_proj=(hidden, inner, mlp_bias), up_proj=(hidden, inner, mlp_bias), down_proj=(inner, hidden, mlp_bias))
+        gate_proj=(hidden, inner, mlp_bias),
+        up_proj=(hidden, inner, mlp_bias),
+        down_proj=(inner, hidden, mlp_bias))
 
 # %% ../../nbs/plan/02_model_shape.ipynb #67efa016
 def shape_from_config(

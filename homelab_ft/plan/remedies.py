@@ -6,7 +6,7 @@
 __all__ = ['Remedy', 'possible_remedies', 'spec_of', 'remedies', 'explain']
 
 # %% ../../nbs/plan/08_remedies.ipynb #5d8cdde9
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..core import ConfigError, fmt_gib
 from ..table import Table
@@ -37,16 +37,19 @@ def possible_remedies(
     remedies = []
     for k in sorted({2, size}):
         if size == 1 or size % k: continue
-        batch = dict(batch_size=size // k, gradient_accumulation_steps=steps * k)
-        remedies.append(Remedy(f'{size // k} × {steps * k} instead of {size} × {steps} batch × accumulation', batch))
+        changes = dict(batch_size=size // k, gradient_accumulation_steps=steps * k)
+        name = f'{size // k} × {steps * k} instead of {size} × {steps} batch × accumulation'
+        remedies.append(Remedy(name, changes))
     for policy in ('mlp', 'layer', 'offload'):
         remedies.append(Remedy(f'all layers at policy {policy}', dict(policies={policy: shape.num_hidden_layers})))
     if '8bit' not in spec.optim:
         remedies.append(Remedy('8-bit optimizer', dict(optim='adamw_8bit'), 'states of the optimizer are rounded'))
     if full:
-        remedies.append(Remedy('an adapter', dict(method='lora'), f'an adapter of rank {spec.lora_r} learns instead of all weights'))
+        what_changes = f'an adapter of rank {spec.lora_r} learns instead of all weights'
+        remedies.append(Remedy('an adapter', dict(method='lora'), what_changes))
     elif spec.lora_r > 1:
-        remedies.append(Remedy(f'rank {spec.lora_r // 2}', dict(lora_r=spec.lora_r // 2), 'the adapter can express less'))
+        rank = spec.lora_r // 2
+        remedies.append(Remedy(f'rank {rank}', dict(lora_r=rank), 'the adapter can express less'))
     if spec.method != 'qlora':
         what_changes = 'frozen weights are rounded' + (', an adapter learns' if full else '')
         remedies.append(Remedy('weights in 4 bits', dict(method='qlora'), what_changes))
@@ -98,8 +101,10 @@ def remedies(
         except ConfigError: continue      # there is no formula for it
         saved = est.peak - after.peak
         more_time = seconds_per_token(changed, after.policies) / before - 1
-        if saved > 0: found.append(Remedy(idea.name, idea.changes, idea.what_changes, after, saved, more_time))
-    return sorted(found, key=lambda r: (bool(r.what_changes), max(0, r.more_time) / r.saved, -r.saved))
+        if saved > 0: found.append(replace(idea, memory=after, saved=saved, more_time=more_time))
+
+    def cost(r): return bool(r.what_changes), max(0, r.more_time) / r.saved, -r.saved
+    return sorted(found, key=cost)
 
 # %% ../../nbs/plan/08_remedies.ipynb #22bd30c7
 def explain(

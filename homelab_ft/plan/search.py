@@ -50,7 +50,8 @@ def plan_target(
         return PlanTarget(gpu.id, gpu.limit_bytes, gpu=gpu, facts=[gpu])
     if gib is None: return this_machine()
     if not gib > 0:
-        raise ConfigError('--gib is no amount of memory', value=gib, allowed='more than 0', next_step='for example --gib 12')
+        next_step = 'for example --gib 12'
+        raise ConfigError('--gib is no amount of memory', value=gib, allowed='more than 0', next_step=next_step)
     return PlanTarget(f'{gib:g} GiB', round(gib * GiB))
 
 # %% ../../nbs/plan/05_search.ipynb #fb074d53

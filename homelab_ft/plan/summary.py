@@ -21,7 +21,8 @@ def describe_plan_step(
     text = f'Layers by checkpoint policy: {policies}'
     if est.cpu_bytes: text += f'; {fmt_gib(est.cpu_bytes)} offloaded to CPU RAM'
     if est.step == 'packed': return text + '.'
-    return f'Figures of the padded step ({est.padded_reason}). {text}. A run that packs its sequences takes less: see --trace.'
+    step = f'Figures of the padded step ({est.padded_reason})'
+    return f'{step}. {text}. A run that packs its sequences takes less: see --trace.'
 
 # %% ../../nbs/plan/09_summary.ipynb #275bc2f6
 def plan_text(

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core import ConfigError
 from .memory.spec import EstimateSpec, make_spec
-from .memory.static import target_linears
+from .memory.static import _check_choice, adapter_params
 from ..train.engine.ops.checkpoint_policy import POLICIES
 
 # %% ../../nbs/plan/03_throughput.ipynb #c3c1a669
@@ -47,7 +47,8 @@ def pairs_per_token(
     try: n = np.atleast_1d(np.asarray(lengths, dtype=float))
     except (TypeError, ValueError): n = np.zeros(0)
     if not n.size or not np.all((n >= 1) & (n < inf)):
-        raise ConfigError('sequences need tokens', value=lengths, allowed='lengths of 1 or more', next_step='leave out empty sequences')
+        next_step = 'leave out empty sequences'
+        raise ConfigError('sequences need tokens', value=lengths, allowed='lengths of 1 or more', next_step=next_step)
     return float((n * (n + 1) / 2).sum() / n.sum())
 
 # %% ../../nbs/plan/03_throughput.ipynb #f3020782
@@ -59,9 +60,7 @@ def recompute_flops(
     attention: float,        # FLOPs of one layer's attention forward
 ) -> float:
     "FLOPs per token that activation checkpointing does a second time."
-    for policy in policies:
-        if policy not in POLICIES:
-            raise ConfigError('unknown policy', value=policy, allowed=', '.join(POLICIES), next_step='give layers one of these')
+    for policy in policies: _check_choice('policy', policy, POLICIES)
     mlp = sum(i * o for name, (i, o, _) in shape.linears.items() if name in MLP_INPUTS)
     full_layers = policies.get('layer', 0) + policies.get('offload', 0)
     return 2 * mlp * policies.get('mlp', 0) + (2 * shape.linear_params + attention) * full_layers
@@ -81,10 +80,10 @@ def flops_per_token(
     attention = 4 * pairs * shape.num_attention_heads * shape.head_dim      # one layer, forward
     full = spec.method == 'full'
     per_value = 6 if full else 4
-    adapted = {} if full else target_linears(shape, spec.target_modules)
+    adapter = 0 if full else adapter_params(shape, spec.lora_r, spec.target_modules)
     return dict(
         layers=per_value * n * shape.linear_params,
-        adapter=6 * n * spec.lora_r * sum(i + o for i, o, _ in adapted.values()),
+        adapter=6 * adapter,
         attention=3.5 * n * attention,
         head=per_value * shape.vocab_size * shape.hidden_size * spec.label_share,
         recompute=recompute_flops(shape, policies, attention),
@@ -105,7 +104,8 @@ class Calibration:
 
     def __str__(self):
         each = f'{1e3 * self.microbatch_seconds:.1f} ms a micro-batch'
-        return f'{self.mfu:.0%} of {self.tflops:g} TFLOP/s and {each}, measured on {self.gpu}, {self.date}, with {" and ".join(self.methods)}'
+        where = f'measured on {self.gpu}, {self.date}, with {" and ".join(self.methods)}'
+        return f'{self.mfu:.0%} of {self.tflops:g} TFLOP/s and {each}, {where}'
 
 MEASURED = Calibration(
     mfu=0.514, microbatch_seconds=0.00776, tflops=989, methods=('lora', 'qlora'),

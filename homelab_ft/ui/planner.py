@@ -40,7 +40,7 @@ class PlannerState:
     lora_r: int = 16                         # rank
     length: int = 2048                       # tokens per sequence
     batch_size: int = 1                      # sequences per micro-batch
-    gradient_checkpointing: str = 'auto'     # in as few layers as the GPU allows; or 'no', or 'yes': in all
+    gradient_checkpointing: str = 'auto'     # as few layers as the GPU allows; or 'no', or 'yes'
     optim: str = 'adamw_8bit'                # optimizer
     label_share: float = 1.0                 # share of tokens with a label; 1 is the worst case
 
@@ -48,7 +48,8 @@ class PlannerState:
     def limit(self) -> int:
         "Bytes that a plan may count on; `ConfigError` for a GPU that is not known."
         number, _, unit = self.gpu.partition(' ')
-        if unit == 'GiB' and number.replace('.', '', 1).isdigit(): return round(float(number) * GiB)
+        is_size = unit == 'GiB' and number.replace('.', '', 1).isdigit()
+        if is_size: return round(float(number) * GiB)
         return find_gpu(self.gpu, gpus=cached_gpus()).limit_bytes
 
     @property
@@ -145,7 +146,8 @@ def map_html(
     try: around = planner_map(state)
     except HomelabError as e: return message_html('#D55E00', str(e))
     caption = 'Peak in GiB for every pair. Below the line it fits; the frame marks the settings of the controls.'
-    picture = map_svg(around.peaks, state.limit, around.lengths, around.batches, here=(state.length, state.batch_size))
+    here = state.length, state.batch_size
+    picture = map_svg(around.peaks, state.limit, around.lengths, around.batches, here=here)
     return f'<div style="font-family:sans-serif"><div>{caption}</div>{picture}</div>'
 
 # %% ../../nbs/ui/01_planner.ipynb #6fc6864a
@@ -183,6 +185,7 @@ def planner_widget(
     for control in controls.values(): control.observe(redraw, 'value')
     fold.observe(redraw, 'selected_index')
     redraw()
-    box = W.VBox([W.Box(list(controls.values()), layout=W.Layout(display='flex', flex_flow='row wrap')), view, fold])
+    layout = W.Layout(display='flex', flex_flow='row wrap')
+    box = W.VBox([W.Box(list(controls.values()), layout=layout), view, fold])
     box.controls, box.view, box.fold, box.map = controls, view, fold, heat
     return box

@@ -123,8 +123,11 @@ def map_svg(
         frame = box(batches.index(here[1]), lengths.index(here[0]), inset=2)
         for stroke in ('stroke="black" stroke-width="4"', 'stroke="white" stroke-width="2"'):
             elements.append(f'<rect {frame} fill="none" {stroke} pointer-events="none"/>')
-    edges = [f'{left(column + side)},{top(rows - 1)}' for column, rows in enumerate(fits.sum(axis=0)) for side in (0, 1)]
+    edges = []
+    for column, rows in enumerate(fits.sum(axis=0)):
+        edges += [f'{left(column)},{top(rows - 1)}', f'{left(column + 1)},{top(rows - 1)}']
     for stroke in ('stroke="white" stroke-width="5"', 'stroke="#D55E00" stroke-width="3"'):
         elements.append(f'<polyline points="{" ".join(edges)}" fill="none" {stroke}/>')
     elements.append(f'<text x="{LEFT}" y="{bottom + 31}">sequences per micro-batch</text>')
-    return picture(LEFT + CELL_WIDTH * len(batches) + 4, bottom + 36, map_words(fits, lengths, batches), elements)
+    label = map_words(fits, lengths, batches)
+    return picture(left(len(batches)) + 4, bottom + 36, label, elements)
