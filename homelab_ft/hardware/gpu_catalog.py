@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from ..core import ConfigError, MiB, fmt_gib, near_matches
+from ..core import ConfigError, MiB, fmt_gib, near_matches, package_file
 from ..config import Settings, read_yaml
 from ..table import Table
 
@@ -185,8 +185,7 @@ def own_file() -> Path:      # or None
 @cache
 def bundled_entries() -> tuple:     # (id -> entry, key -> source)
     "The file that comes with the package, read once."
-    import homelab_ft
-    return read_entries(Path(homelab_ft.__file__).parent / 'hardware' / 'gpus.yaml')
+    return read_entries(package_file('hardware/gpus.yaml'))
 
 # %% ../../nbs/hardware/03_gpu_catalog.ipynb #88824a2a
 def update_entry(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core import ModelError, embedded_model, near_matches
-from .model_catalog import CATALOG, KNOWN, MIXTURES, known_config
+from .model_catalog import CATALOG, KNOWN, MODELS_FILE, known_config
 
 # %% ../../nbs/plan/02_model_shape.ipynb #b3b45385
 @dataclass(frozen=True)
@@ -30,22 +30,7 @@ class Architecture:
     expert_bias: bool = False      # experts and router have biases
     sinks: bool = False            # one learned score per query head takes part in the softmax
 
-_QWEN = dict(use_sliding_window=False, sliding_window=4096)
-_GEMMA = dict(head_dim=256, num_key_value_heads=4, tie_word_embeddings=True, sliding_window=4096, attention_bias=False)
-ARCHITECTURES = dict(   # model_type -> `Architecture`
-    llama=Architecture(dict(attention_bias=False, mlp_bias=False)),
-    mistral=Architecture(dict(num_key_value_heads=8, sliding_window=4096)),
-    qwen2=Architecture(dict(num_key_value_heads=32, **_QWEN), qkv_bias=True),
-    qwen3=Architecture(dict(head_dim=128, num_key_value_heads=32, attention_bias=False, **_QWEN), qk_norm=True),
-    phi3=Architecture(dict(sliding_window=None), fused=True),
-    gemma2=Architecture(_GEMMA, layer_norms=4, full_every=2, eager=True),
-    gemma3_text=Architecture(_GEMMA, layer_norms=4, full_every=6, qk_norm=True),
-    mixtral=Architecture(dict(num_key_value_heads=8, sliding_window=None), mixture=True),
-    qwen3_moe=Architecture(dict(num_key_value_heads=4, attention_bias=False, **_QWEN), qk_norm=True, mixture=True),
-    gpt_oss=Architecture(
-        dict(num_key_value_heads=8, head_dim=64, attention_bias=True, sliding_window=128),
-        full_every=2, eager=True, mixture=True, expert_bias=True, sinks=True),
-)
+ARCHITECTURES = {name: Architecture(**traits) for name, traits in MODELS_FILE['architectures'].items()}
 
 # %% ../../nbs/plan/02_model_shape.ipynb #5ce1b53f
 ATTENTION = ('q_proj', 'k_proj', 'v_proj', 'qkv_proj', 'o_proj')    # all other matrices belong to the MLP
@@ -271,7 +256,7 @@ def hub_config(
         allowed='a folder, a config.json, a Hub id, or embedded',
         next_step=f'check the name and the network ({reason}){known}')
 
-# %% ../../nbs/plan/02_model_shape.ipynb #cc892b7b
+# %% ../../nbs/plan/02_model_shape.ipynb #f73dcbf7
 def read_model_config(
     model,               # `embedded`, a folder, a `config.json`, a Hub id, a name of the catalogue, or the configuration as a dict
 ) -> dict:               # content of its `config.json`
