@@ -53,8 +53,11 @@ def load_tokenizer(
     path = tokenizer_path(model)
     try: tok = AutoTokenizer.from_pretrained(path)
     except Exception as e:
-        step = "check the model's folder or id"
-        raise ModelError('the tokenizer cannot be loaded', value=f'{model}: {e}', next_step=step) from e
+        raise ModelError(
+            'the tokenizer cannot be loaded',
+            value=f'{model}: {e}',
+            next_step="check the model's folder or id",
+        ) from e
     if template: tok.chat_template = template
     if needs_template and not tok.chat_template: raise no_template(model)
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token or end_of_turn(tok)
@@ -93,9 +96,11 @@ def render(
     from jinja2 import TemplateError
     try: return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except (TemplateError, TypeError) as e:
-        problem = f'the chat template refuses these messages: {e}'
-        hint = template_hint(messages, 'let user and assistant take turns')
-        raise ModelError(problem, value=roles_of(messages), next_step=hint) from e
+        raise ModelError(
+            f'the chat template refuses these messages: {e}',
+            value=roles_of(messages),
+            next_step=template_hint(messages, 'let user and assistant take turns'),
+        ) from e
 
 # %% ../../nbs/data/06_chat_template.ipynb #b48e71f4
 QUESTION, ANSWER = 'Roses?', 'Violets are blue.'   # a question and an answer that no template contains
@@ -104,8 +109,12 @@ def sample_messages(
     roles: str,      # one letter per message: s, u or a
 ) -> list:           # messages
     "A small conversation to try a template with."
-    samples = {'s': ('system', ANSWER), 'u': ('user', QUESTION), 'a': ('assistant', ANSWER)}
-    return [dict(zip(('role', 'content'), samples[letter])) for letter in roles]
+    messages = {
+        's': dict(role='system', content=ANSWER),
+        'u': dict(role='user', content=QUESTION),
+        'a': dict(role='assistant', content=ANSWER),
+    }
+    return [messages[letter] for letter in roles]
 
 def token_ids(
     text: str,       # rendered text
@@ -123,11 +132,13 @@ def find_end_of_turn(
     "The text of the token behind an assistant's answer."
     _, found, closing = render(sample_messages('ua'), tok).rpartition(ANSWER)
     special = {i: token.content for i, token in tok.added_tokens_decoder.items() if token.special}
-    behind = [special[i] for i in token_ids(closing, tok) if i in special] if found else []
-    if behind and render(sample_messages('u'), tok, add_generation_prompt=True).endswith(behind[0]):
-        continued = render(sample_messages('uau'), tok).rpartition(ANSWER)[2].partition(QUESTION)[0]
-        if behind[0] not in continued: behind = []
-    if behind: return behind[0]
+    ids = token_ids(closing, tok) if found else []
+    close = next((special[i] for i in ids if i in special), None)
+    prompt = render(sample_messages('u'), tok, add_generation_prompt=True)
+    if close and prompt.endswith(close):
+        continued = render(sample_messages('uau'), tok).rpartition(ANSWER)[2]
+        if close not in continued.partition(QUESTION)[0]: close = None
+    if close: return close
     raise ModelError(
         "the chat template does not close the assistant's turn with a special token, so a tuned model would never stop",
         value=f'behind the answer: {closing!r}',
@@ -158,7 +169,8 @@ def find_turn(
     "Where the assistant's turn stands, through its end-of-turn token."
     close = end_of_turn(tok)
     end = text.find(close, len(prompt))
-    return (len(prompt), end + len(close)) if end >= 0 and text.startswith(prompt) else None
+    fits = end >= 0 and text.startswith(prompt)
+    return (len(prompt), end + len(close)) if fits else None
 
 # %% ../../nbs/data/06_chat_template.ipynb #4051873a
 def earlier_turns(
@@ -193,11 +205,13 @@ def encode_turns(
     "Tokenize `text` with a clean border before every turn."
     close = len(end_of_turn(tok))
     encoded, begin = Encoded([], []), 0
-    rest = [] if turns and turns[-1][1] == len(text) else [(len(text), len(text))]
-    for start, end in turns + rest:
-        context, both = token_ids(text[begin:start], tok), token_ids(text[begin:end], tok)
-        n = len(context)
-        answer = both[n:] if both[:n] == context else token_ids(text[start:end], tok)
+    end_of_text = len(text), len(text)
+    if not turns or turns[-1][1] < len(text): turns = [*turns, end_of_text]
+    for start, end in turns:
+        context = token_ids(text[begin:start], tok)
+        both = token_ids(text[begin:end], tok)
+        answer = both[len(context):]
+        if both[:len(context)] != context: answer = token_ids(text[start:end], tok)
         if begin: context = context[1:]        # the end of the turn before, already there
         encoded.input_ids += context + answer
         encoded.mask += [0] * len(context) + [1] * len(answer)
@@ -211,9 +225,14 @@ def encode(
 ) -> Encoded:
     "Tokens and loss mask; `DataError` without an answer, `ModelError` if the template does not go on from its own prompt."
     if len(messages) < 2 or messages[-1]['role'] != 'assistant':
-        problem = 'a conversation to learn from ends with an answer of the assistant'
-        raise DataError(problem, roles_of(messages), 'at least one prompt, then assistant', 'drop the row')
-    text, prompt = render(messages, tok), render(messages[:-1], tok, add_generation_prompt=True)
+        raise DataError(
+            'a conversation to learn from ends with an answer of the assistant',
+            value=roles_of(messages),
+            allowed='at least one prompt, then assistant',
+            next_step='drop the row',
+        )
+    text = render(messages, tok)
+    prompt = render(messages[:-1], tok, add_generation_prompt=True)
     last = find_turn(prompt, text, tok)
     if last is None:
         shared = len(os.path.commonprefix([prompt, text]))
@@ -285,20 +304,31 @@ def check_template(
     tok,             # tokenizer with a chat template
 ) -> TemplateReport:
     "Try the template; `ModelError` if turns stay open, prompts differ, or the tokens do not give the answer back."
-    close, encoded = end_of_turn(tok), encode(sample_messages('uaua'), tok)
-    answers = [part.split('⟧')[0] for part in show_loss_mask(encoded, tok).split('⟦')[1:]]
+    close = end_of_turn(tok)
+    encoded = encode(sample_messages('uaua'), tok)
+    shown = show_loss_mask(encoded, tok).split('⟦')
+    answers = [part.split('⟧')[0] for part in shown[1:]]
     if not all(ANSWER in answer and answer.endswith(close) for answer in answers):
-        problem, step = "the tokens do not give the assistant's answer back", 'check that tokenizer and template belong together'
-        raise ModelError(problem, value=answers, allowed=ANSWER + close, next_step=step)
+        raise ModelError(
+            "the tokens do not give the assistant's answer back",
+            value=answers,
+            allowed=ANSWER + close,
+            next_step='check that tokenizer and template belong together',
+        )
     ids = encoded.input_ids
     bos = next((n for n, i in enumerate(ids) if i != tok.bos_token_id), len(ids))
     if bos > 1:
-        problem = f'the chat template begins the text {bos} times'
-        raise ModelError(problem, tok.decode(ids[:bos]), f'one {tok.bos_token}', 'set chat_template=FILE')
+        raise ModelError(
+            f'the chat template begins the text {bos} times',
+            value=tok.decode(ids[:bos]),
+            allowed=f'one {tok.bos_token}',
+            next_step='set chat_template=FILE',
+        )
+    prompt = render(sample_messages('u'), tok, add_generation_prompt=True)
     return TemplateReport(
         end_of_turn=close,
         end_ids=sorted(end_of_turn_ids(tok)),
-        before_answer=render(sample_messages('u'), tok, add_generation_prompt=True).rpartition(QUESTION)[2],
+        before_answer=prompt.rpartition(QUESTION)[2],
         bos=bos,
         system=system_role(tok),
         history=len(answers) == 2,
