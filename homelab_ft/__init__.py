@@ -27,10 +27,10 @@ sys.modules[__name__].__class__ = _Package
 def __getattr__(name):
     "PEP 562: called for names that are not there yet."
     if name == 'plan':
-        import homelab_ft.plan
+        import homelab_ft.plan  # noqa: F401
         return sys.modules['homelab_ft.plan']
     if name == 'evaluate':
-        import homelab_ft.evaluate
+        import homelab_ft.evaluate  # noqa: F401
         return sys.modules['homelab_ft.evaluate']
     if name in __all__:
         from homelab_ft import api
