@@ -6,13 +6,12 @@
 __all__ = ['PEAKS', 'cost_table', 'changed_settings', 'report_markdown', 'write_report']
 
 # %% ../../nbs/deploy/05_report.ipynb #164d8844
-import io, json
 from pathlib import Path
 from ..config import RunConfig
 from ..core import fmt_duration, fmt_gib
 from ..table import Table, table_markdown
 from ..io import write_atomic
-from ..plots import plot_history
+from ..plots import loss_svg
 from ..train.run_folder import RunFolder, history
 
 # %% ../../nbs/deploy/05_report.ipynb #f2bf719c
@@ -52,7 +51,7 @@ def report_markdown(
     parity=None,         # the `Parity` of its merged model, or None
 ) -> str:
     "The whole report as Markdown."
-    manifest = json.loads(run.manifest_path.read_text(encoding='utf-8'))
+    manifest = run.manifest()
     data_report = run.data_path / 'data_report.md'
     settings = Table(['setting', 'value'], list(changed_settings(run.config()).items()))
     data, base = (entry[key]['fingerprint'] or '' for key in ('data', 'base_model'))
@@ -62,7 +61,7 @@ def report_markdown(
     parts += ['## What it took',
               table_markdown(cost_table(entry, manifest.get('predicted_peak_bytes'))),
               '## Loss',
-              '![Loss over steps: training per step, its running mean, validation](loss.png)']
+              '![Loss over steps: training per step, its running mean, validation](loss.svg)']
     if data_report.exists():
         lines = data_report.read_text(encoding='utf-8').splitlines()
         lines = ['#' + line if line.startswith('#') else line for line in lines]
@@ -81,8 +80,6 @@ def write_report(
     evaluation,          # its `Evaluation`, or None
     parity=None,         # the `Parity` of its merged model, or None
 ) -> Path:               # the report's path
-    "Write `report.md` and `loss.png` into the run folder, atomically."
-    picture = io.BytesIO()
-    plot_history(history(run)).figure.savefig(picture, format='png', dpi=120)
-    write_atomic(run.path / 'loss.png', picture.getvalue())
+    "Write `report.md` and `loss.svg` into the run folder, atomically."
+    write_atomic(run.path / 'loss.svg', loss_svg(history(run)))
     return write_atomic(run.report_path, report_markdown(run, entry, evaluation, parity))
