@@ -12,8 +12,9 @@ def make_run(folder, name, gain=None, **settings):
     write_atomic(run.adapter_path / 'adapter_model.safetensors', b'weights')
     log_event(run, 'finished', seconds=60., joules=3.6e6, energy_source='NVML total energy counter')
     if gain is not None:
-        measure = dict(name='NLL per token', base=2., tuned=2. - gain, gain=gain, low=None, high=None, rows=5)
-        write_json(run.evaluation_path, {'measures': [measure, dict(name='accuracy', base=.1, tuned=.9, gain=.8, low=.7, high=.9, rows=5)]})
+        nll = dict(name='NLL per token', base=2., fine_tuned=2. - gain, gain=gain, low=None, high=None, n_examples=5)
+        accuracy = dict(name='accuracy', base=.1, fine_tuned=.9, gain=.8, low=.7, high=.9, n_examples=5)
+        write_json(run.evaluation_path, {'metrics': [nll, accuracy]})
     return run
 
 def test_the_best_gain_comes_first_and_the_unevaluated_last(tmp_path):
@@ -21,6 +22,15 @@ def test_the_best_gain_comes_first_and_the_unevaluated_last(tmp_path):
     assert [row[0] for row in models(tmp_path).rows] == ['c', 'a', 'b']
     assert [e['name'] for e in entries(tmp_path)] == ['a', 'b', 'c']
     assert '10.0 -> 90.0 %' in str(models(tmp_path)) and 'not evaluated' in str(models(tmp_path))
+
+def test_entries_and_evaluations_of_older_versions_are_read(tmp_path):
+    run = make_run(tmp_path, 'a')
+    old = dict(base=.1, tuned=.9, gain=.8, low=.7, high=.9, rows=5)
+    write_json(run.evaluation_path, {'measures': [dict(name='accuracy', **old)]})
+    entry = register(run)
+    assert entry['metrics']['accuracy']['fine_tuned'] == .9
+    write_json(run.entry_path, entry | {'metrics': {'accuracy': old}})
+    assert '10.0 -> 90.0 %' in str(models(tmp_path)) and find(tmp_path, 'a')['metrics']['accuracy']['n_examples'] == 5
 
 def test_counted_energy_says_so(tmp_path):
     energy = register(make_run(tmp_path, 'a', electricity_price=0.25))['energy']

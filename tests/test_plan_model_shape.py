@@ -194,7 +194,7 @@ def test_packed_checkpoints_are_not_packed_again():
 def test_mixtures_are_not_planned():
     for name in MIXTURES:
         shape = model_shape(name)
-        for plan in (lambda: estimate(shape), lambda: estimate(shape, 'full', length=128), lambda: layer_bytes(shape, 'lora', 128), shape.reject_moe):
+        for plan in (lambda: estimate(shape), lambda: estimate(shape, method='full', length=128), lambda: layer_bytes(shape, 'lora', 128), shape.reject_moe):
             with pytest.raises(ModelError, match='mixture of experts'): plan()
         assert weight_bytes(shape, 'lora') == 2 * shape.n_params        # the weights alone can be counted
         assert 'experts' in what_quantizes(shape)

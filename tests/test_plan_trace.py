@@ -196,11 +196,11 @@ def test_inputs_and_the_table_can_wait_in_host_memory():
 
 
 def test_replacements_are_undone():
-    from homelab_ft.train.engine import padded as engine, packed as rows
+    from homelab_ft.train.engine.ops.device import DevicePort
     from homelab_ft.train.engine.ops import checkpointing as recompute
-    before = engine._send, rows._sent, recompute.is_prenorm_block, trainer.read_losses
+    before = DevicePort.send, recompute.is_prenorm_block, trainer.read_losses
     rehearse(make_config(per_device_train_batch_size=1, max_length=32), DryRunSpec(TINY | dict(num_hidden_layers=2), ['none'] * 2, card='cpu'))
-    assert before == (engine._send, rows._sent, recompute.is_prenorm_block, trainer.read_losses)
+    assert before == (DevicePort.send, recompute.is_prenorm_block, trainer.read_losses)
 
 
 # ---------------------------------------------------------------- the process

@@ -13,7 +13,7 @@ from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2F
 
 from homelab_ft.config import make_config
 from homelab_ft.train.engine import padded as engine
-from homelab_ft.train.engine.batching import ONE_ROW, batch_order, collate, in_batches, padding_share
+from homelab_ft.train.engine.batching import SINGLE_SEQUENCE_OOM, batch_order, collate, in_batches, padding_share
 from homelab_ft.train.engine.padded import accumulate, count_labels, decoder_and_head, label_nll, mean_nll, unsupported_reason, precision
 from homelab_ft.train.lora import attach_lora
 from homelab_ft.train.base_model import load_base, explain_oom
@@ -203,7 +203,7 @@ def test_squashed_in_bfloat16_as_near_to_float32_as_full_logits():
                                                 (NanoChatConfig, NanoChatForCausalLM, 'final_logit_softcapping')])
 def test_what_is_unknown_keeps_full_logits(config, cls, extra, caplog):
     "Scaled logits, and a family whose squashing nobody has compared."
-    engine._log_once.cache_clear()
+    engine.warn_once.cache_clear()
     torch.manual_seed(0)
     model = cls(config(**SMALL | ({extra: 2.} if extra == 'logits_scaling' else {}))).eval()
     seen, batch = head_calls(model), collate(random_rows(), [0, 1, 2, 3, 4], 0)
@@ -219,7 +219,7 @@ def test_slices_of_logits_change_nothing(make, monkeypatch):
     vocab = model.config.vocab_size
     batch = collate(rows, list(range(6)), 0)
     with torch.no_grad(): whole = label_nll(model, batch)[0]
-    monkeypatch.setattr(engine, 'LOGITS_AT_ONCE', 3 * vocab + 1)
+    monkeypatch.setattr(engine, 'MAX_EVAL_LOGITS', 3 * vocab + 1)
     seen = head_calls(model)
     with torch.no_grad(): sliced = label_nll(model, batch)[0]
     assert {n for n, in seen[:-1]} == {3} and 1 <= seen[-1][0] <= 3 and sum(n for n, in seen) == len(whole)
@@ -273,7 +273,7 @@ def test_one_row_that_is_too_much_raises_the_error_as_it_is(error, tries):
     with pytest.raises(error) as seen: list(in_batches([1, 2, 3, 4, 5], 4, work))
     assert seen.value is raised and tried == tries
     advice = str(explain_oom(raised)) if error is torch.OutOfMemoryError else ''
-    assert (ONE_ROW in advice and 'smaller max_length' in advice and 'halve' not in advice) == bool(advice)
+    assert (SINGLE_SEQUENCE_OOM in advice and 'smaller max_length' in advice and 'halve' not in advice) == bool(advice)
 
 
 def test_what_failed_is_gone_before_the_next_try(monkeypatch):
@@ -296,7 +296,7 @@ def test_what_failed_is_gone_before_the_next_try(monkeypatch):
 
 
 def test_one_warning_says_from_what_to_what(caplog):
-    engine._log_once.cache_clear()
+    engine.warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, 'homelab_ft'):
         list(in_batches(list(range(9)), 4, holds(9, len)))
         assert not caplog.records

@@ -11,11 +11,11 @@ from homelab_ft.core import ConfigError, HardwareError
 from homelab_ft.config import make_config
 from homelab_ft.data.tokenize import make_cache, save_cache
 from homelab_ft.io import read_jsonl
-from homelab_ft.train.engine import autotune as fast, memory_budget as fit
+from homelab_ft.train.engine import autotune as fast, memory_budget as fit, parity
 from homelab_ft.train.engine.features import Feature
 from homelab_ft.train import trainer as training
 from homelab_ft.train.engine.padded import PaddedStep
-from homelab_ft.train.engine.autotune import prepare
+from homelab_ft.train.engine.autotune import autotune
 from homelab_ft.train.engine.memory_budget import StepOptions
 from homelab_ft.train.lora import attach_lora
 from homelab_ft.train.engine.ops.chunked_loss import chunk_size
@@ -45,7 +45,7 @@ def rows(n=14, vocab=320, seed=0):
     return make_cache(made, range(n))
 
 
-def gradient(step, cache, micro): return fit.gradient_of(step.model, lambda: step.accumulate(cache, micro)[0])
+def gradient(step, cache, micro): return parity.gradient(step.model, lambda: step.accumulate(cache, micro)[0])
 
 
 def apart(a, b): return float((a[1] - b[1]).norm() / b[1].norm())
@@ -57,7 +57,7 @@ def test_parity_of_a_step_with_the_plain_one(kind, smoothing):
     torch.manual_seed(0)
     model, cache, micro = adapted(MODELS[kind]()), rows(), [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13]]
     plain = gradient(PaddedStep(model, 'plain', label_smoothing=smoothing), cache, micro)
-    step = prepare(model, StepOptions(longest=40, budget=90, grain=16, label_smoothing=smoothing))
+    step = autotune(model, StepOptions(max_seq_len=40, max_tokens_per_microbatch=90, bucket_size=16, label_smoothing=smoothing))
     assert isinstance(step, PackedStep), step.features
     assert apart(gradient(step, cache, micro), plain) < 1e-5 and step.features.fused_lora.on
     for policies in (['layer'] * 3, ['mlp'] * 3, ['none', 'mlp', 'offload']):
@@ -72,7 +72,7 @@ def test_parity_with_every_kind_of_adapter(settings):
     torch.manual_seed(0)
     model, cache, micro = adapted(MODELS['llama'](), **settings), rows(), [list(range(14))]
     plain = gradient(PaddedStep(model, 'plain'), cache, micro)
-    step = prepare(model, StepOptions(longest=40, budget=90, grain=16))
+    step = autotune(model, StepOptions(max_seq_len=40, max_tokens_per_microbatch=90, bucket_size=16))
     assert apart(gradient(step, cache, micro), plain) < 1e-5
     assert (step.features.fused_lora.on) == ('use_rslora' in settings)
 
@@ -88,7 +88,7 @@ def test_parity_in_bfloat16_is_no_further_from_float32_than_the_plain_step():
     for p in half.parameters():
         if p.requires_grad: p.data = p.data.float()
     plain = gradient(PaddedStep(half, 'plain'), cache, micro)
-    step = prepare(half, StepOptions(longest=40, budget=400, grain=16))
+    step = autotune(half, StepOptions(max_seq_len=40, max_tokens_per_microbatch=400, bucket_size=16))
     assert step.features.fused_lora.on and apart(gradient(step, cache, micro), exact) <= 1.1 * apart(plain, exact)
 
 
@@ -107,15 +107,15 @@ def test_parity_of_merged_matrices_that_are_held(tmp_path):
     cache, micro = rows(40), [list(range(40))]
     exact, model = gradient(PaddedStep(four_bits(tmp_path, 'float32'), 'exact'), cache, micro), four_bits(tmp_path, 'bfloat16')
     plain = gradient(PaddedStep(model, 'plain'), cache, micro)
-    step = prepare(model, StepOptions(longest=40, budget=400, grain=16))
+    step = autotune(model, StepOptions(max_seq_len=40, max_tokens_per_microbatch=400, bucket_size=16))
     for room, held in ((0, 0), (2**17, 1), (2**30, 3)):         # a layer takes 36,864 values of 2 bytes
-        assert step.copies.cache_merged_weights(step.layers, room) == held
+        assert step.adapter_casts.cache_merged_weights(step.layers, room) == held
         assert apart(gradient(step, cache, micro), exact) <= 1.1 * apart(plain, exact)
     before = gradient(step, cache, micro)
     with torch.no_grad():
         for p in step.parameters: p.mul_(1.5)
     changed = gradient(step, cache, micro)                      # a step brings what is held up to date
-    step.copies.cache_merged_weights(step.layers, 0)
+    step.adapter_casts.cache_merged_weights(step.layers, 0)
     assert apart(changed, before) > 0.1 and apart(changed, gradient(step, cache, micro)) < 0.03
     step.restore()
     assert not any(hasattr(m, '_held') for m in model.modules())
@@ -124,7 +124,7 @@ def test_parity_of_merged_matrices_that_are_held(tmp_path):
 def test_a_loss_that_is_added_up_over_steps_starts_anew():
     torch.manual_seed(0)
     model, cache = adapted(MODELS['llama']()), rows()
-    step = prepare(model, StepOptions(longest=40, budget=90, grain=16))
+    step = autotune(model, StepOptions(max_seq_len=40, max_tokens_per_microbatch=90, bucket_size=16))
     first = step.accumulate(cache, [[0, 1]])
     again = step.accumulate(cache, [[0, 1]])
     assert float(first[0]) == float(again[0]) and first[1] == again[1] == sum(int(cache.row(i)[1][1:].sum()) for i in (0, 1))
@@ -133,16 +133,16 @@ def test_a_loss_that_is_added_up_over_steps_starts_anew():
 def test_out_of_memory_with_everything_recomputed_is_raised(monkeypatch):
     torch.manual_seed(0)
     model, cache = adapted(MODELS['llama']()), rows()
-    step = prepare(model, StepOptions(longest=40, budget=90, grain=16, checkpointing=True))
+    step = autotune(model, StepOptions(max_seq_len=40, max_tokens_per_microbatch=90, bucket_size=16, checkpointing=True))
     def full(*_): raise torch.OutOfMemoryError('a card that is full')
-    monkeypatch.setattr(step, 'one_pass', full)
+    monkeypatch.setattr(step, 'run_microbatch', full)
     with pytest.raises(torch.OutOfMemoryError): step.accumulate(cache, [[0, 1]])
 
 
 @pytest.mark.parametrize('gib, said', [((3, 2, 3, 0, 1), '90 tokens, 1.00 GiB at least'), ((0,) * 5, '90 tokens')], ids=['too large', 'full'])
 def test_a_pass_that_fits_in_no_way_is_refused_with_advice(monkeypatch, gib, said):
     torch.manual_seed(0)
-    step, tries = prepare(adapted(MODELS['llama']()), StepOptions(longest=40, budget=90, grain=16)), iter(gib)
+    step, tries = autotune(adapted(MODELS['llama']()), StepOptions(max_seq_len=40, max_tokens_per_microbatch=90, bucket_size=16)), iter(gib)
     monkeypatch.setattr(fit, 'memory_limit', lambda *_: 2**20)
     monkeypatch.setattr(fit, 'peak_bytes', lambda once: next(tries) * 2**30)
     monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda: 0)
@@ -153,50 +153,50 @@ def test_a_pass_that_fits_in_no_way_is_refused_with_advice(monkeypatch, gib, sai
 
 def test_compilation_that_fails_or_lies_is_left_out(monkeypatch):
     torch.manual_seed(0)
-    step = prepare(adapted(MODELS['llama']()), StepOptions(longest=40, budget=90, grain=16))
+    step = autotune(adapted(MODELS['llama']()), StepOptions(max_seq_len=40, max_tokens_per_microbatch=90, bucket_size=16))
     cache, estimate_with_checkpointing = rows(), []
     monkeypatch.setattr(fit, 'memory_limit', lambda *_: 2**40)
-    monkeypatch.setattr(fast, '_fit', lambda step, once: (estimate_with_checkpointing.append(step.run), step.apply_policies(['none'] * 3)))
+    monkeypatch.setattr(fast, '_fit', lambda step, once: (estimate_with_checkpointing.append(step.compiled_forward), step.apply_policies(['none'] * 3)))
     once = lambda: step.accumulate(cache, [[0, 1, 2]])[0]
-    monkeypatch.setattr(fast.recompute, 'compiled', lambda layers: lambda layer, h, *a, **k: type(layer).forward(layer, h * 0.5, *a, **k))
+    monkeypatch.setattr(fast.recompute, 'compile_forward', lambda layers: lambda layer, h, *a, **k: type(layer).forward(layer, h * 0.5, *a, **k))
     fast._compiled_fit(step, once)
-    assert 'away from the plain one' in step.features.compile.reason and step.run is None and len(estimate_with_checkpointing) == 2
+    assert 'away from the plain one' in step.features.compile.reason and step.compiled_forward is None and len(estimate_with_checkpointing) == 2
     def unsupported(*_, **__): raise torch._dynamo.exc.Unsupported('no such thing\nmore')
-    monkeypatch.setattr(fast.recompute, 'compiled', lambda layers: unsupported)
+    monkeypatch.setattr(fast.recompute, 'compile_forward', lambda layers: unsupported)
     monkeypatch.setattr(fast, '_fit', lambda step, once: (step.apply_policies(['none'] * 3), once()))
     fast._compiled_fit(step, once)
-    assert step.features.compile == Feature(False, 'no such thing') and step.run is None
+    assert step.features.compile == Feature(False, 'no such thing') and step.compiled_forward is None
 
 
 @pytest.mark.parametrize('vocab', [1000, 15_000])
 def test_the_loss_takes_fewer_positions_where_the_card_is_nearly_full(monkeypatch, vocab):
     torch.manual_seed(0)
-    step, chunks = prepare(adapted(MODELS['llama']()), StepOptions(longest=40, budget=90, grain=16)), []
+    step, chunks = autotune(adapted(MODELS['llama']()), StepOptions(max_seq_len=40, max_tokens_per_microbatch=90, bucket_size=16)), []
     step.head = torch.nn.Linear(8, vocab, bias=False)
     gradients = sum(p.numel() * 4 for p in step.parameters)
     monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda: 0)
     for gib in (-1, 0.01, 0.6, 4, 20):
         monkeypatch.setattr(fit, 'memory_limit', lambda *_: int(gib * 2**30) + gradients)
-        step.fit_loss(fast.room(step))
-        chunks.append(step.chunk)
-        assert step.chunk == 128 or step.chunk * vocab * 16 <= gib * 2**30 / 4
+        step.fit_loss_chunk(fast.free_bytes(step))
+        chunks.append(step.loss_chunk)
+        assert step.loss_chunk == 128 or step.loss_chunk * vocab * 16 <= gib * 2**30 / 4
     assert chunks == sorted(chunks) and chunks[0] == 128 < chunks[2] < chunks[-1] == chunk_size(vocab)
 
 
 def test_the_embedding_table_leaves_before_the_inputs_of_layers(monkeypatch):
     torch.manual_seed(0)
     model, cache = adapted(MODELS['llama']()), rows()
-    step = prepare(model, StepOptions(longest=40, budget=90, grain=16))
+    step = autotune(model, StepOptions(max_seq_len=40, max_tokens_per_microbatch=90, bucket_size=16))
     weight, plain = step.model.get_input_embeddings().weight, gradient(step, cache, [[0, 1]])
     table, taken = weight.detach().clone(), []
     def peak(once):
         once()
         taken.append((dict(step.features.policies), weight.untyped_storage().nbytes()))
-        return 2**20 - (step.table is not None)
+        return 2**20 - (step.offloaded_embedding is not None)
     monkeypatch.setattr(fit, 'memory_limit', lambda *_: 2**20 - 1)
     monkeypatch.setattr(fit, 'peak_bytes', peak)
     monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda: 0)
-    fast._fit(step, lambda: step.backward(*next(step.passes(cache, [0, 1]))))
+    fast._fit(step, lambda: step.backward(*next(step.microbatches(cache, [0, 1]))))
     assert step.features.embedding_offload.on and step.features.peak_bytes == 2**20 - 1
     assert [t[0] for t in taken] == [{'none': 3}, {'layer': 3}, {'none': 3}] and taken[1][1] == table.nbytes and taken[2][1] == 4
     assert apart(gradient(step, cache, [[0, 1]]), plain) < 1e-6
@@ -210,7 +210,7 @@ def half_step():
     model = adapted(MODELS['llama']().to(torch.bfloat16))
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()
-    return prepare(model, StepOptions(longest=40, budget=90, grain=16))
+    return autotune(model, StepOptions(max_seq_len=40, max_tokens_per_microbatch=90, bucket_size=16))
 
 
 def test_a_pass_that_breaks_off_leaves_no_gradient_anywhere(monkeypatch):
@@ -218,39 +218,39 @@ def test_a_pass_that_breaks_off_leaves_no_gradient_anywhere(monkeypatch):
     step.accumulate(cache, [[0, 1]])
     assert all(p.grad is not None for p in step.parameters)
     def full():
-        assert any(t.grad is not None for t in step.copies.casts)
+        assert any(t.grad is not None for t in step.adapter_casts.casts)
         raise torch.OutOfMemoryError('a card that is full')
-    monkeypatch.setattr(step.copies, 'unscale_into_master_grads', full)
-    with pytest.raises(torch.OutOfMemoryError): step.backward(*next(step.passes(cache, [0, 1])))
-    assert all(x.grad is None for x in step.parameters + step.copies.casts)
+    monkeypatch.setattr(step.adapter_casts, 'unscale_into_master_grads', full)
+    with pytest.raises(torch.OutOfMemoryError): step.backward(*next(step.microbatches(cache, [0, 1])))
+    assert all(x.grad is None for x in step.parameters + step.adapter_casts.casts)
 
 
 def test_a_step_is_taken_again_when_the_error_holds_on_to_nothing(monkeypatch):
     torch.manual_seed(0)
-    step, cache, seen = prepare(adapted(MODELS['llama']()), StepOptions(longest=40, budget=90, grain=16)), rows(), []
-    whole, downgrade_after_oom = step.one_pass, step.downgrade_after_oom
+    step, cache, seen = autotune(adapted(MODELS['llama']()), StepOptions(max_seq_len=40, max_tokens_per_microbatch=90, bucket_size=16)), rows(), []
+    whole, downgrade_after_oom = step.run_microbatch, step.downgrade_after_oom
     def full(*_): raise torch.OutOfMemoryError('a card that is full')
     def note():
         seen.append(sys.exc_info()[0])
-        step.one_pass = whole
+        step.run_microbatch = whole
         return downgrade_after_oom()
-    step.one_pass, step.downgrade_after_oom = full, note
-    plain = fit.gradient_of(step.model, lambda: PaddedStep.accumulate(PaddedStep(step.model, 'plain'), cache, [[0, 1]])[0])
+    step.run_microbatch, step.downgrade_after_oom = full, note
+    plain = parity.gradient(step.model, lambda: PaddedStep.accumulate(PaddedStep(step.model, 'plain'), cache, [[0, 1]])[0])
     assert apart(gradient(step, cache, [[0, 1]]), plain) < 1e-5
     assert seen == [None]
 
 
 def test_a_full_card_gives_up_speed_first_and_what_layers_keep_only_then(monkeypatch):
     torch.manual_seed(0)
-    step, cache, seen = prepare(adapted(MODELS['llama']()), StepOptions(longest=40, budget=90, grain=16)), rows(), []
+    step, cache, seen = autotune(adapted(MODELS['llama']()), StepOptions(max_seq_len=40, max_tokens_per_microbatch=90, bucket_size=16)), rows(), []
     plain = gradient(step, cache, [[0, 1]])
-    step.lane, step.graphs = 'where passes are recorded', {'a shape': 'a recording'}
-    whole = step.one_pass
+    step.capture_stream, step.graphs = 'where passes are recorded', {'a shape': 'a recording'}
+    whole = step.run_microbatch
     def full_twice(*given):
-        seen.append((step.lane, dict(step.features.policies)))
+        seen.append((step.capture_stream, dict(step.features.policies)))
         if len(seen) < 3: raise torch.OutOfMemoryError('a card that is full')
         return whole(*given)
-    monkeypatch.setattr(step, 'one_pass', full_twice)
+    monkeypatch.setattr(step, 'run_microbatch', full_twice)
     monkeypatch.setattr(step, 'on_capture_stream', contextlib.nullcontext)
     total, _ = step.accumulate(cache, [[0, 1]])
     assert seen[:3] == [('where passes are recorded', {'none': 3}), (None, {'none': 3}), (None, {'layer': 3})] and not step.graphs
@@ -261,7 +261,7 @@ def test_a_full_card_gives_up_speed_first_and_what_layers_keep_only_then(monkeyp
 
 def test_a_recording_that_leaves_no_room_is_given_up(monkeypatch):
     torch.manual_seed(0)
-    step = prepare(adapted(MODELS['llama']()), StepOptions(longest=40, budget=90, grain=16, reserve=500))
+    step = autotune(adapted(MODELS['llama']()), StepOptions(max_seq_len=40, max_tokens_per_microbatch=90, bucket_size=16, reserved_bytes=500))
     trained = sum(p.numel() * p.element_size() for p in step.parameters)
     monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: None)
     monkeypatch.setattr(torch.cuda, 'memory_reserved', lambda: 10_000)
@@ -272,7 +272,7 @@ def test_a_recording_that_leaves_no_room_is_given_up(monkeypatch):
 @pytest.mark.parametrize('limit, tried', [(2**40, ['layer', 'offload']), (1000, ['offload'])], ids=['the card is full', 'the inputs alone are too much'])
 def test_a_pass_too_long_for_the_plain_way_is_replaced_by_a_short_one(monkeypatch, limit, tried):
     torch.manual_seed(0)
-    step, policies, lengths = prepare(adapted(MODELS['llama']()), StepOptions(longest=4000, budget=4000, grain=16)), [], []
+    step, policies, lengths = autotune(adapted(MODELS['llama']()), StepOptions(max_seq_len=4000, max_tokens_per_microbatch=4000, bucket_size=16)), [], []
     monkeypatch.setattr(fit, 'memory_limit', lambda *_: limit)
     whole, backward = step.apply_policies, step.backward
     monkeypatch.setattr(step, 'apply_policies', lambda wanted, tile=0: (policies.append(wanted[0]), whole(wanted, tile)))
@@ -280,7 +280,7 @@ def test_a_pass_too_long_for_the_plain_way_is_replaced_by_a_short_one(monkeypatc
     def full(): raise torch.OutOfMemoryError('a card that is full')
     check, (total, found) = fast._plain(step, full)
     assert policies == tried and lengths == [2560] and np.isfinite(total) and found.norm() > 0
-    assert apart(fit.gradient_of(step.model, check), (total, found)) == 0 and lengths == [2560] * 2
+    assert apart(parity.gradient(step.model, check), (total, found)) == 0 and lengths == [2560] * 2
     monkeypatch.setattr(fit, 'memory_limit', lambda *_: 2**40)
     once = lambda: step.accumulate(rows(), [[0, 1]])[0]
     assert fast._plain(step, once)[0] is once
@@ -357,7 +357,7 @@ def test_parity_on_a_card_with_everything_on(method, tmp_path):
     cache, micro = rows(40), [list(range(20)), list(range(20, 40))]
     exact, model = gradient(PaddedStep(loaded('float32'), 'exact'), cache, micro), loaded('bfloat16')
     plain = gradient(PaddedStep(model, 'plain'), cache, micro)
-    step = prepare(model, StepOptions(longest=40, budget=256, grain=64))
+    step = autotune(model, StepOptions(max_seq_len=40, max_tokens_per_microbatch=256, bucket_size=64))
     assert all(getattr(step.features, k).on for k in ('packed', 'fused_lora', 'chunked_loss', 'compile', 'cuda_graph'))
     step.zero_grad()
     total, _ = step.accumulate(cache, micro)

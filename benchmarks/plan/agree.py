@@ -12,12 +12,12 @@ from tqdm.auto import tqdm
 from homelab_ft.config import make_config
 from homelab_ft.table import Table
 from homelab_ft.io import now, write_json
-from homelab_ft.plan.memory.packed_step import FAMILIES, padded
-from homelab_ft.plan.memory.inference import INFERENCE_PHASES
+from homelab_ft.plan.memory.packed_step import FAMILIES
 from homelab_ft.plan.model_catalog import KNOWN
 from homelab_ft.plan.model_shape import model_shape
 from homelab_ft.plan.trace.trace import ALTERNATING, trace
-from homelab_ft.plan.memory.estimate import _wishes, estimate
+from homelab_ft.plan.memory.estimate import EstimateSpec, estimate
+from homelab_ft.train.engine.packing import BUCKET_SIZE, bucket_shape, round_up
 from homelab_ft.train.run_folder import versions
 
 HERE = Path(__file__).resolve().parent
@@ -52,23 +52,22 @@ def draw_pass(rng, settings):
     if settings['method'] == 'int8' or plain(settings) or rng.random() < 0.5: return dict(policies=None, learned=None)
     first, second = rng.choice([('none', 'mlp'), ('mlp', 'layer')])
     k = rng.randrange(3, n - 2)
-    size, learned = padded(tokens, rng.randrange(1, tokens))
+    size, learned, _ = bucket_shape([tokens], [rng.randrange(1, tokens)], [0], BUCKET_SIZE, tokens)
     return rng.choice([dict(policies={first: k, second: n - k}, learned=None), dict(policies=None, learned=learned)])
 
 
 def closed(row):
     "Tensors and the process in the closed form's steps."
     config, wanted = make_config(**row['settings']), row['drawn']
-    wishes = _wishes(config, 1.)
-    if wanted['learned']: wishes |= dict(label_share=wanted['learned'] / (config.per_device_train_batch_size * config.max_length))
-    est = estimate(model_shape(config.model), **wishes, gradient_checkpointing=config.gradient_checkpointing, policies=wanted['policies'])
-    return dict(allocated=max(sum(parts.values()) - parts['overhead'] for name, parts in est.phases.items() if name not in INFERENCE_PHASES), process=est.step_peak)
+    share = wanted['learned'] / (config.per_device_train_batch_size * config.max_length) if wanted['learned'] else 1.
+    est = estimate(model_shape(config.model), EstimateSpec.from_config(config, share), gradient_checkpointing=config.gradient_checkpointing, policies=wanted['policies'])
+    return dict(allocated=max(sum(parts.values()) - parts['overhead'] for parts in est.phases.values()), process=est.peak)
 
 
 def traced(settings, drawn):
     "The same in a trace; where rows are padded, with all layers, since gaps depend on all."
     config = make_config(**settings)
-    size, _ = padded(config.per_device_train_batch_size * config.max_length)
+    size = round_up(config.per_device_train_batch_size * config.max_length, BUCKET_SIZE)
     shape = (size, min(size, drawn['learned']), max(8, config.per_device_train_batch_size + 4)) if drawn['learned'] else ()
     found = trace(config, policies=drawn['policies'], shape=shape, whole=plain(settings))
     return dict(allocated=found.allocated, process=found.process, phase=found.phase, rows='on' if (packed := found.features['packed'])['on'] else packed['reason'], seconds=found.seconds)

@@ -25,7 +25,7 @@ CASES = {  # name: (options, patches)
     'neither': (dict(compile=False, graph=False), []),
     'adapters as peft runs them, neither': (dict(compile=False, graph=False), [(linear, 'fuse', STOCK)]),
     'merged matrices made in every pass': ({}, [(fast, '_hold', lambda *_: None)]),
-    'adapters not merged into 4-bit weights': ({}, [(linear, '_may_merge', lambda *_: False), (fast, '_hold', lambda *_: None)]),
+    'adapters not merged into 4-bit weights': ({}, [(linear, 'can_merge', lambda *_: False), (fast, '_hold', lambda *_: None)]),
     'every layer recomputed': (dict(checkpointing=True), []),
     'flash attention instead of the fastest': ({}, [(attention, 'time_kernels', lambda *_: {'FLASH_ATTENTION': 0.})]),
     'loss over all logits at once': ({}, [(loss, 'chunk_size', lambda *_, **__: 2**20)]),
@@ -57,7 +57,7 @@ def main(path, method, gib, *names):
                 options, patches = CASES[name]
                 with ExitStack() as stack:
                     for where, what, instead in patches: stack.enter_context(patch.object(where, what, instead))
-                    step = fast.prepare(model, fast.StepOptions(**dict(longest=LENGTH, budget=ROWS * LENGTH, fixed=shape) | options))
+                    step = fast.autotune(model, fast.StepOptions(**dict(max_seq_len=LENGTH, max_tokens_per_microbatch=ROWS * LENGTH, fixed_bucket=shape) | options))
                     measure(step, data, steps, **about)
                     close(step)
             except Exception as e: say(about | dict(failed=f'{type(e).__name__}: {str(e)[:200]}'))

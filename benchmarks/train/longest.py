@@ -48,12 +48,12 @@ def load(path):
 
 def options(tokens, trained, host_bytes):
     "What the step is asked for: one row fills a pass; AdamW's two float32 states come later."
-    return fast.StepOptions(longest=tokens, budget=tokens, graph=False, reserve=8 * trained, host_bytes=host_bytes)
+    return fast.StepOptions(max_seq_len=tokens, max_tokens_per_microbatch=tokens, graph=False, reserved_bytes=8 * trained, host_bytes=host_bytes)
 
 
 def away(step, tokens, tile, room):
     "Every layer's input in host memory, layers in tiles, for one row of so many tokens."
-    step.options.longest = step.options.budget = tokens
+    step.options.max_seq_len = step.options.max_tokens_per_microbatch = tokens
     recompute.apply_policies(step.layers, ['offload'] * len(step.layers), None, tile, ActivationOffloader(room))
     step.features.policies, step.features.mlp_chunk = dict(offload=len(step.layers)), tile
 
@@ -61,16 +61,16 @@ def away(step, tokens, tile, room):
 def by_hand(model, asked, tile, room):
     "A step with its policies given, unchecked."
     step = PackedStep(model, asked)
-    step.math, step.features.compile = torch.compile(loss.chunk_loss), Feature(False, 'loss only')
-    away(step, asked.longest, tile, room)
-    step.fit_loss(fast.room(step))
+    step.chunk_loss, step.features.compile = torch.compile(loss.chunk_loss), Feature(False, 'loss only')
+    away(step, asked.max_seq_len, tile, room)
+    step.fit_loss_chunk(fast.free_bytes(step))
     return step
 
 
 def one_step(step, optimizer, tokens):
     "One optimizer step over one row; `(seconds, loss)`."
     data, began = OneRow(tokens, step.head.weight.shape[0]), time.perf_counter()
-    step.learned.clear()
+    step.label_tokens.clear()
     total, _ = step.accumulate(data, [[0]])
     torch.nn.utils.clip_grad_norm_(step.parameters, 1.0)
     optimizer.step()
@@ -91,7 +91,7 @@ def train(path, gib, tokens, tile, room):
     "Two real steps, as a row of figures."
     before, (model, trained) = available(), load(path)
     asked, began = options(tokens, trained, room), time.perf_counter()
-    step = fast.prepare(model, asked) if tile is None else by_hand(model, asked, tile, room)
+    step = fast.autotune(model, asked) if tile is None else by_hand(model, asked, tile, room)
     prepared, optimizer = time.perf_counter() - began, torch.optim.AdamW(step.parameters, lr=1e-5, fused=True)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -111,7 +111,7 @@ def attempt(step, optimizer, tokens, tile, room):
 
 def recover(step):
     "Forget what a step that broke off left."
-    step.forget()
+    step.drop_gradients()
     torch.cuda.empty_cache()
 
 

@@ -41,8 +41,8 @@ def main(path, method, kind, rows, gib, *options):
         steps, shape = packed_steps(data, rows)
         model = attach_lora(load_base(path, method, 'bfloat16', 'cuda'), make_config(method=method))
         states = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-        chosen = fast.StepOptions(longest=LENGTH, budget=rows * LENGTH, fixed=shape, reserve=states, **{k: {'True': True, 'False': False}.get(v, v) for k, v in settings.items()})
-        measure(fast.prepare(model, chosen), data, steps, **about)
+        chosen = fast.StepOptions(max_seq_len=LENGTH, max_tokens_per_microbatch=rows * LENGTH, fixed_bucket=shape, reserved_bytes=states, **{k: {'True': True, 'False': False}.get(v, v) for k, v in settings.items()})
+        measure(fast.autotune(model, chosen), data, steps, **about)
     except Exception as e:
         import traceback
         traceback.print_exc()

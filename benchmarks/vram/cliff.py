@@ -30,7 +30,7 @@ from homelab_ft.table import Table
 from homelab_ft.io import now, write_json
 from homelab_ft.train.engine.features import OUT_OF_MEMORY
 from homelab_ft.plan.model_shape import model_shape
-from homelab_ft.plan.memory.estimate import _wishes, estimate
+from homelab_ft.plan.memory.estimate import EstimateSpec, estimate
 
 import matrix
 from predict import reserved_bytes, tensors
@@ -49,8 +49,9 @@ TOGETHER = 3                            # cases on more than 16 GiB that run at 
 def _need(said, limit_gib):
     settings = json.loads(said)
     config = make_config(**settings)
-    est = estimate(model_shape(config.model), **_wishes(config, 1.), gradient_checkpointing=config.gradient_checkpointing, chunk=chunk(config, limit_gib))
-    return dict(allocated=tensors(est), reserved=reserved_bytes(est, config.torch_compile is not False) - est.gaps, step=est.step)
+    est = estimate(model_shape(config.model), EstimateSpec.from_config(config), gradient_checkpointing=config.gradient_checkpointing,
+                   loss_chunk=chunk(config, limit_gib))
+    return dict(allocated=tensors(est), reserved=reserved_bytes(est, config.torch_compile is not False) - est.reclaimable, step=est.step)
 
 
 def need(settings, limit_gib):
@@ -124,7 +125,7 @@ def outcome(row):
 def unlike(row):
     "In what the step that trained was not the one that was planned."
     config, features = make_config(**row['settings']), row['features']
-    fast, n, again = need(row['settings'], row['limit_gib'])['step'] == 'fast', model_shape(config.model).num_hidden_layers, config.gradient_checkpointing
+    fast, n, again = need(row['settings'], row['limit_gib'])['step'] == 'packed', model_shape(config.model).num_hidden_layers, config.gradient_checkpointing
     if not fast: return ['packed'] * features['packed']['on'] + ['policies'] * (features['policies'] != ({'layer': n} if again else {}))
     wanted = dict(packed=True, cuda_graph=True, compile=config.torch_compile is not False, merged_layers=0, policies={'layer' if again else 'none': n})
     found = {k: features[k]['on'] for k in ('packed', 'cuda_graph', 'compile')} | dict(merged_layers=features.get('merged_layers', 0), policies=features['policies'])

@@ -60,7 +60,7 @@ def measure(settings, limit_gib, fixed=False):
         total, each = on_card()
         highest = max(highest, (each.get(mine) or 0) if mine else total - used)
     return dict(allocated=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved(), process=highest, alone=mine is not None, context=context,
-                at_rest=at_rest, prepare_seconds=round(prepared, 1), features=features_json(job.step.features), chunk=getattr(job.step, 'chunk', 0),
+                at_rest=at_rest, prepare_seconds=round(prepared, 1), features=features_json(job.step.features), chunk=getattr(job.step, 'loss_chunk', 0),
                 retries=torch.cuda.memory_stats()['num_alloc_retries'], allocator=os.environ.get('PYTORCH_ALLOC_CONF', ''),
                 card=torch.cuda.get_device_name(), versions=versions())
 

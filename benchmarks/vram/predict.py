@@ -13,12 +13,11 @@ from homelab_ft.core import GiB
 from homelab_ft.config import make_config
 from homelab_ft.table import Table
 from homelab_ft.io import now, write_json
-from homelab_ft.plan.memory.packed_step import BUCKET_SIZE, padded
-from homelab_ft.plan.memory.inference import INFERENCE_PHASES
 from homelab_ft.plan.memory.overhead import process_bytes
 from homelab_ft.plan.trace.memory_pools import held_layers, merged_bytes
+from homelab_ft.train.engine.packing import BUCKET_SIZE, round_up
 from homelab_ft.plan.model_shape import model_shape
-from homelab_ft.plan.memory.estimate import _wishes, estimate
+from homelab_ft.plan.memory.estimate import EstimateSpec, estimate
 
 from traces import as_it_ran, fast, key, trained
 
@@ -49,17 +48,17 @@ def measured(row):
 
 def reserved_bytes(est, compiled=True, eight_bits=False):
     "Of the process in an estimate, what PyTorch has: all but context and libraries."
-    return est.step_peak - process_bytes(0, est.policies, est.step == 'fast', compiled, eight_bits=eight_bits)
+    return est.peak - process_bytes(0, est.policies, est.step == 'packed', compiled, int8=eight_bits)
 
 
 def tensors(est):
     "The peak of the steps in an estimate, without context, libraries and gaps."
-    return max(sum(parts.values()) - parts['overhead'] for name, parts in est.phases.items() if name not in INFERENCE_PHASES)
+    return max(sum(parts.values()) - parts['overhead'] for parts in est.phases.values())
 
 
 def first_pass(est):
     "The largest pass in an estimate, without the optimizer's states."
-    return max(sum(parts.values()) - parts['overhead'] - parts['optimizer'] for name, parts in est.phases.items() if name not in ('optimizer step', *INFERENCE_PHASES))
+    return max(sum(parts.values()) - parts['overhead'] - parts['optimizer'] for name, parts in est.phases.items() if name != 'optimizer step')
 
 
 def repeated(row, est):
@@ -69,18 +68,19 @@ def repeated(row, est):
     if not fast(row) or row['features']['compile']['on'] or tokens % BUCKET_SIZE == 0: return 0
     q, k = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     more = q - 3 * k if 'qkv_proj' in shape.linears else 2 * (q - k)
-    return 2 * padded(tokens)[0] * more * (est.policies.get('none', 0) + est.policies.get('mlp', 0))
+    return 2 * round_up(tokens, BUCKET_SIZE) * more * (est.policies.get('none', 0) + est.policies.get('mlp', 0))
 
 
 def closed(row):
     "The three figures of the closed form; None where it has no terms for rows end to end."
     config, given = as_it_ran(row)
-    est = estimate(model_shape(config.model), **_wishes(config, 1.), policies=given['policies'], chunk=given.get('chunk', 0), full_logits=not row['features'].get('chunked_loss', {}).get('on'), tried=given.get('tried', False))
-    if fast(row) and est.step != 'fast': return None
+    est = estimate(model_shape(config.model), EstimateSpec.from_config(config), policies=given['policies'], loss_chunk=given.get('chunk', 0),
+                   full_logits=not row['features'].get('chunked_loss', {}).get('on'))
+    if fast(row) and est.step != 'packed': return None
     more, compiled = repeated(row, est), config.torch_compile is not False
     first = first_pass(est) + more
     more += merged(row, dict(first_pass=first))
-    return dict(allocated=first if fast(row) else tensors(est), reserved=reserved_bytes(est, compiled, config.method == 'int8') + more, process=est.step_peak + more)
+    return dict(allocated=first if fast(row) else tensors(est), reserved=reserved_bytes(est, compiled, config.method == 'int8') + more, process=est.peak + more)
 
 
 def traced(row, found):

@@ -30,7 +30,7 @@ def trained(config):
 
 
 def chunk(config, limit_gib):
-    "Positions of the loss at a time on a card with a limit, as `rows.fit_loss` takes them; 0: as many as usual."
+    "Positions of the loss at a time on a card with a limit, as `rows.fit_loss_chunk` takes them; 0: as many as usual."
     if not limit_gib: return 0
     shape, n = model_shape(config.model), trained(config)
     from homelab_ft.train.engine.ops.chunked_loss import chunk_size

@@ -35,7 +35,7 @@ def probe_context(
     from homelab_ft.train.trainer import TrainerContext, TrainState, make_optimizer
     model = random_model(config, hf_config, device, layers)
     n_sequences = config.per_device_train_batch_size * config.gradient_accumulation_steps * (STEPS + 1)
-    data = packing.RandomRows([config.max_length] * n_sequences, 1., model.config.vocab_size)
+    data = packing.RandomSequences([config.max_length] * n_sequences, 1., model.config.vocab_size)
     step = autotune.build_step(model, config, data, device, 'bfloat16' if config.dtype == 'auto' else config.dtype)
     run = SimpleNamespace(metrics_path=Path(tempfile.mkdtemp()) / 'metrics.jsonl')
     settings = config.model_copy(update=dict(warmup_steps=0))
@@ -75,7 +75,7 @@ class Probe:
         "Bytes beside PyTorch's memory beyond what the plan has for them."
         policies = self.features.get('policies', {})
         cuda_graph, compiled = (self.features.get(name, {}).get('on', False) for name in ('cuda_graph', 'compile'))
-        planned = process_bytes(0, policies, cuda_graph, compiled, eight_bits=self.method == 'int8')
+        planned = process_bytes(0, policies, cuda_graph, compiled, int8=self.method == 'int8')
         return self.process - self.reserved - planned
 
     def table(self) -> Table:
@@ -99,7 +99,7 @@ def predict_step(
     import torch
     features = step.features
     arch = 'hopper' if torch.cuda.get_device_capability() >= (9, 0) else 'ampere'
-    traced = trace(config, features.policies or None, mlp_chunk=features.mlp_chunk, loss_chunk=getattr(step, 'chunk', 0),
+    traced = trace(config, features.policies or None, mlp_chunk=features.mlp_chunk, loss_chunk=getattr(step, 'loss_chunk', 0),
                    arch=arch, embedding_offloaded=features.embedding_offload.on, merged_layers=features.merged_layers,
                    all_layers=not features.packed.on)
     allocated = traced.first_microbatch if features.peak_bytes else traced.allocated
@@ -138,7 +138,7 @@ def save_calibration(
     found: Probe,           # from `probe`
 ) -> Path:                  # the file
     "Save a GPU's overhead for later plans; its older entry is replaced."
-    entry = dict(context=found.context, libraries=found.libraries, correction=found.overhead_offset,
+    entry = dict(context=found.context, libraries=found.libraries, overhead_offset=found.overhead_offset,
                  error=found.predicted['process'] / found.process - 1, versions=found.versions, date=now()[:10])
     return write_json(probes_file(), read_probes() | {found.gpu: entry})
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
-from ..memory.caching_allocator import rounded
+from ..memory.caching_allocator import block_size
 
 # %% ../../../nbs/plan/trace/01_ledger.ipynb #2ccab0a4
 class PhaseStart(NamedTuple):
@@ -60,7 +60,7 @@ class Ledger:
         n_bytes, _ = self.events[number - 1]
         self.events.append((-n_bytes, number))
 
-# %% ../../../nbs/plan/trace/01_ledger.ipynb #41abf2f4
+# %% ../../../nbs/plan/trace/01_ledger.ipynb #8cd0a816
 @dataclass
 class Segment:
     "The events of one phase."
@@ -86,7 +86,7 @@ def segments(
         changes = []
         for n, number in ledger.events[start.event:end]:
             counts = numbers is None or number in numbers
-            block = rounded(n) if n > 0 else -rounded(-n)
+            block = block_size(n) if n > 0 else -block_size(-n)
             changes.append(block if counts else 0)
         found.append(Segment((start.step, start.name), start.event, changes, before))
         before += sum(changes)
@@ -120,7 +120,7 @@ def lifetimes(
             last = freed.get(number, n_events)
             outlives = last > end or last == n_events
             category = OUTLIVES_ITS_PHASE.get(phase, 'workspaces') if outlives or phase == 'loss' else 'workspaces'
-            found[number] = Lifetime(i, last, rounded(n), ledger.categories.get(number, category))
+            found[number] = Lifetime(i, last, block_size(n), ledger.categories.get(number, category))
     return found
 
 # %% ../../../nbs/plan/trace/01_ledger.ipynb #f3fd52f6

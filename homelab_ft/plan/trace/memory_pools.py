@@ -8,7 +8,7 @@ __all__ = ['MICROBATCH_PHASES', 'on_capture_stream', 'allocator_pools', 'capture
 
 # %% ../../../nbs/plan/trace/08_memory_pools.ipynb #74b97eb7
 from ...core import MiB
-from ..memory.caching_allocator import SMALL, replay, rounded
+from ..memory.caching_allocator import SMALL_SIZE, replay, block_size
 from .layer_extrapolation import phase_peak
 from .ledger import Ledger, segments
 
@@ -40,7 +40,7 @@ def allocator_pools(
     "Small and large blocks of the general pool, then those of the capture pool."
     captured = on_capture_stream(ledger) if cuda_graph else set()
     sizes = {number: n for n, number in ledger.events if n > 0}
-    small = {number for number, n in sizes.items() if rounded(n) <= SMALL}
+    small = {number for number, n in sizes.items() if block_size(n) <= SMALL_SIZE}
     large = set(sizes) - small
     pools = [small - captured, large - captured]
     return pools + [small & captured, large & captured] if cuda_graph else pools

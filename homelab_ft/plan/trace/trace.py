@@ -14,8 +14,8 @@ from ... import core
 from ...core import ConfigError, RunError, fmt_gib
 from ...config import RunConfig
 from ...table import Table
-from ..memory.estimate import ASSUMED_OVERHEAD, _check_sizes
-from ..memory.overhead import process_bytes, process_constants
+from ..memory.estimate import check_length, check_policies
+from ..memory.overhead import ASSUMED_OVERHEAD, process_bytes, process_constants
 from ..memory.static import WORKSPACE_BYTES
 from ..model_shape import model_shape, read_model_config
 from .layer_extrapolation import extrapolate, extrapolate_peaks, probe_configs
@@ -67,13 +67,8 @@ def policy_counts(
 ) -> dict:                  # policy -> layers, from most memory to least
     "The activation checkpointing policies of all layers; `ConfigError` for what cannot be."
     policies = policies or {'layer' if config.gradient_checkpointing is True else 'none': n}
-    unknown = [policy for policy in policies if policy not in POLICIES]
-    if unknown:
-        raise ConfigError('unknown checkpointing policy', value=unknown[0], allowed=', '.join(POLICIES),
-                          next_step='give layers per policy, such as none and mlp')
-    if any(type(v) is not int or v < 0 for v in policies.values()) or sum(policies.values()) != n:
-        raise ConfigError('policies do not add up to the layers of the model', value=policies, allowed=f'{n} layers in all',
-                          next_step='give every layer one policy')
+    is_padded = config.padding_free is False or config.method == 'full'
+    check_policies(policies, n, ('none', 'layer') if is_padded else POLICIES)
     return {policy: policies[policy] for policy in POLICIES if policies.get(policy)}
 
 # %% ../../../nbs/plan/trace/09_trace.ipynb #096cbfcc
@@ -81,7 +76,6 @@ ALTERNATING = ('gemma2', 'gemma3_text')     # full attention in some layers, a w
 
 def check_request(
     config: RunConfig,      # settings of a run
-    policies: dict,         # policy -> layers
     bucket: tuple,          # (tokens, label positions, sequences), or empty
     arch: str,              # of the GPU
     **chunks,               # name of a setting -> number of tokens
@@ -101,10 +95,6 @@ def check_request(
     if config.objective == 'dpo':
         raise ConfigError('objective=dpo is not traced yet', value='dpo', allowed='objective=sft',
                           next_step='use the formula: homelab-ft plan without --trace')
-    is_padded = config.padding_free is False or config.method == 'full'
-    if is_padded and (set(policies) - {'none', 'layer'} or len(policies) > 1 or chunks['mlp_chunk']):
-        raise ConfigError('padded batches checkpoint no layer or all', value=policies, allowed='one of none and layer',
-                          next_step='leave padding_free on auto')
 
 # %% ../../../nbs/plan/trace/09_trace.ipynb #97ce814a
 COMMAND = [sys.executable, '-P', '-W', 'ignore', '-m', 'homelab_ft.plan.trace.dry_run']
@@ -145,9 +135,9 @@ def trace(
 ) -> MemoryTrace:
     "The memory of a run; `ConfigError` and `ModelError` for what cannot be, before the process is started."
     began, shape = time.monotonic(), model_shape(config.model).reject_moe()
-    _check_sizes(shape, config.max_length, 1., per_device_train_batch_size=config.per_device_train_batch_size)
+    check_length(shape, config.max_length)
     counts = policy_counts(config, shape.num_hidden_layers, policies)
-    check_request(config, counts, bucket, arch, mlp_chunk=mlp_chunk, loss_chunk=loss_chunk)
+    check_request(config, bucket, arch, mlp_chunk=mlp_chunk, loss_chunk=loss_chunk)
     common = dict(hf_config=read_model_config(config.model), bucket=bucket, mlp_chunk=mlp_chunk, loss_chunk=loss_chunk,
                   gradients=gradients, equal_lengths=equal_lengths, arch=arch, host_bytes=host_bytes,
                   embedding_offloaded=embedding_offloaded, after_failed_packing=after_failed_packing)
@@ -160,10 +150,10 @@ def trace(
     cuda_graph = arch != 'cpu' and not embedding_offloaded and features['packed']['on'] and can_capture
     reserved = reserved_bytes(ledgers, counts, cuda_graph) + merged_layers * merged_bytes(shape, config.target_modules)
     int8 = config.method == 'int8'
-    if cuda_graph and int8 and 'none' in counts: reserved += process_constants()['gaps_eight_bits']
+    if cuda_graph and int8 and 'none' in counts: reserved += process_constants()['int8_reserved']
     process = reserved
     if arch != 'cpu':
-        process = process_bytes(reserved, counts, cuda_graph, features['compile']['on'], correction=overhead_offset, eight_bits=int8)
+        process = process_bytes(reserved, counts, cuda_graph, features['compile']['on'], overhead_offset=overhead_offset, int8=int8)
 
     peaks = extrapolate_peaks(ledgers, counts)
     phases = {phase: parts for (step, phase), parts in peaks.items() if step != 1}

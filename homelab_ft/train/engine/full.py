@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from .ops import chunked_loss as loss
-from .padded import PaddedStep, _plain_model, _sent, accumulate, decoder_and_head, unsupported_reason, precision
+from .padded import PaddedStep, unwrap_peft, _sent, accumulate, decoder_and_head, unsupported_reason, precision
 from .batching import collate
 from .features import Feature
 
@@ -72,7 +72,7 @@ def lean_part(
     ids, rows, at, targets = _sent(model, batch)
     decoder, head = decoder_and_head(model)
     with precision(model, cache=False): hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[rows, at]
-    kind, shares = getattr(_plain_model(model), 'computes_in', hidden.dtype), torch.full_like(targets, 1 / max(n, 1), dtype=torch.float32)
+    kind, shares = getattr(unwrap_peft(model), 'computes_in', hidden.dtype), torch.full_like(targets, 1 / max(n, 1), dtype=torch.float32)
     return loss.inplace_loss(hidden.to(kind), head.weight, targets, shares, label_smoothing, grad_of(head.weight))
 
 # %% ../../../nbs/train/engine/05_full.ipynb #c067664c
@@ -87,7 +87,7 @@ class FullStep(PaddedStep):
         label_smoothing: float = 0.,    # share of the target spread over the vocabulary
     ):
         super().__init__(model, WHY, checkpointing, label_smoothing)
-        self.head, self.hook = decoder_and_head(model)[1].weight, learn_rows(_plain_model(model).get_input_embeddings())
+        self.head, self.hook = decoder_and_head(model)[1].weight, learn_rows(unwrap_peft(model).get_input_embeddings())
         self.features.chunked_loss = Feature(True)
 
     def accumulate(self,

@@ -16,10 +16,12 @@ from fastcore.basics import patch
 from .ops import varlen_attention as attention, fused_lora as linear, chunked_loss as chunked, checkpointing as recompute
 from . import packing
 from .features import OUT_OF_MEMORY, Feature, Features
-from .padded import _plain_model, decoder_and_head, decoder_layers
+from .padded import unwrap_peft, decoder_and_head, decoder_layers
 from .memory_budget import StepOptions
 from .ops.cuda_graph import CaptureStream, StepGraph
+from .ops.device import current_port
 from .ops.offload import ActivationOffloader
+from .ops.device import current_port
 from .ops.offload import OffloadedEmbedding, unsupported_embedding
 from .ops.adapter_casts import AdapterCasts
 
@@ -33,15 +35,15 @@ class PackedStep:
         self.model, self.options, self.parameters = model, options, [p for p in model.parameters() if p.requires_grad]
         self.decoder, self.head = decoder_and_head(model)
         self.layers, self.device, self.dtype = decoder_layers(model), self.head.weight.device, self.head.weight.dtype
-        self.run, self.math, self.chunk = None, chunked.chunk_loss, 0      # compiled layers, if any; a chunk's loss; its positions, 0: as many as usual
-        self.lane, self.graphs, self.seen = None, {}, Counter()         # where passes are recorded; those that are, by shape; how often each shape came
-        self.learned, self.copies, self.table = {}, None, None          # learned tokens of each row; 16-bit adapters; embeddings in host memory
+        self.compiled_forward, self.chunk_loss, self.loss_chunk = None, chunked.chunk_loss, 0      # compiled layers, if any; a chunk's loss; its positions, 0: as many as usual
+        self.capture_stream, self.graphs, self.shape_counts = None, {}, Counter()         # where passes are recorded; those that are, by shape; how often each shape came
+        self.label_tokens, self.adapter_casts, self.offloaded_embedding = {}, None, None          # learned tokens of each row; 16-bit adapters; embeddings in host memory
         no_gpu, on = Feature(False, 'no GPU'), Feature(True)
         self.features = Features(packed=on, fused_lora=on, chunked_loss=on, compile=no_gpu, cuda_graph=no_gpu, attention='varlen')
-        self.asked = _plain_model(model).get_input_embeddings().register_forward_hook(lambda module, given, out: recompute.require_grad_view(out))
-        attention.use_varlen_attention(_plain_model(model))
+        self.embedding_hook = unwrap_peft(model).get_input_embeddings().register_forward_hook(lambda module, given, out: recompute.require_grad_view(out))
+        attention.use_varlen_attention(unwrap_peft(model))
         stock = linear.fuse(model)
-        if self.dtype != torch.float32: self.copies = AdapterCasts(model, self.dtype)
+        if self.dtype != torch.float32: self.adapter_casts = AdapterCasts(model, self.dtype)
         if stock: self.features.fused_lora = Feature(False, '; '.join(f'{n} adapters are not fused: {why}' for why, n in stock.items()))
         self.apply_policies(['none'] * len(self.layers))
 
@@ -52,7 +54,7 @@ def apply_policies(self: PackedStep,
     tile: int = 0,      # tokens that are computed at a time where each stands by itself; not compiled then; 0: all
 ):
     "What the layers keep from now on."
-    recompute.apply_policies(self.layers, policies, None if tile else self.run, tile, ActivationOffloader(self.options.host_bytes))
+    recompute.apply_policies(self.layers, policies, None if tile else self.compiled_forward, tile, ActivationOffloader(self.options.host_bytes))
     self.features.policies = {k: policies.count(k) for k in recompute.POLICIES if k in policies}
     self.features.mlp_chunk = tile
 
@@ -60,9 +62,9 @@ def apply_policies(self: PackedStep,
 @patch
 def offload_embedding(self: PackedStep) -> bool:
     "Send the [embedding table](ops/08_offload.ipynb) to host memory, if it is there to be sent; whether it was."
-    if self.table: return False
-    why = unsupported_embedding(_plain_model(self.model))
-    self.table = None if why else OffloadedEmbedding(_plain_model(self.model))
+    if self.offloaded_embedding: return False
+    why = unsupported_embedding(unwrap_peft(self.model))
+    self.offloaded_embedding = None if why else OffloadedEmbedding(unwrap_peft(self.model))
     self.features.embedding_offload = Feature(not why, why)
     return not why
 
@@ -73,10 +75,10 @@ def restore(self: PackedStep):
     self.graphs.clear()
     linear.unfuse(self.model)
     recompute.restore(self.layers)
-    self.asked.remove()
-    if self.table: self.table.restore()
-    self.table = None
-    _plain_model(self.model).config._attn_implementation = 'sdpa'
+    self.embedding_hook.remove()
+    if self.offloaded_embedding: self.offloaded_embedding.restore()
+    self.offloaded_embedding = None
+    unwrap_peft(self.model).config._attn_implementation = 'sdpa'
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #f9fdc08b
 @patch
@@ -86,36 +88,36 @@ def loss(self: PackedStep,
 ):                      # 0-d float32
     "Weighted loss of one pass. Adapters that are not fused need autocast, without its cache, which recording forbids."
     with torch.autocast(self.device.type, torch.bfloat16, not self.features.fused_lora.on and self.dtype == torch.bfloat16, cache_enabled=False):
-        hidden = self.decoder(**{k: batch[k] for k in ('input_ids', 'position_ids', 'cu_seqlens')}, use_cache=False, max_seq_len=self.options.longest, equal_lengths=even)[0][0]
+        hidden = self.decoder(**{k: batch[k] for k in ('input_ids', 'position_ids', 'cu_seqlens')}, use_cache=False, max_seq_len=self.options.max_seq_len, equal_lengths=even)[0][0]
     learned = hidden.index_select(0, batch['at']), self.head.weight, batch['targets'], batch['weights']
-    return chunked.chunked_loss(*learned, self.chunk, self.options.label_smoothing, self.math)
+    return chunked.chunked_loss(*learned, self.loss_chunk, self.options.label_smoothing, self.chunk_loss)
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #855a18e0
 @patch
-def fit_loss(self: PackedStep,
+def fit_loss_chunk(self: PackedStep,
     room: int,          # bytes that are left for a pass
 ):
     "Take so many positions of the loss at a time that a quarter of the room is enough for them."
     vocab = len(self.head.weight)
-    self.chunk = min(chunked.chunk_size(vocab), chunked.chunk_size(vocab, room // (4 * 16)))
+    self.loss_chunk = min(chunked.chunk_size(vocab), chunked.chunk_size(vocab, room // (4 * 16)))
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #32ff82d7
 def _sent(batch: dict, device) -> dict:
     "A batch on the card; from page-locked memory the host does not wait for it."
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    return {k: current_port().send(v, device) for k, v in batch.items()}
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #8825a514
 @patch
 def on_capture_stream(self: PackedStep):
     "A context: on the lane of recorded passes, if there are any, and if every gradient is there already."
-    return self.lane.active() if self.lane and all(p.grad is not None for p in self.parameters) else nullcontext()
+    return self.capture_stream.active() if self.capture_stream and all(p.grad is not None for p in self.parameters) else nullcontext()
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #9fa7efee
 @patch
-def forget(self: PackedStep):
+def drop_gradients(self: PackedStep):
     "Drop what a pass that broke off has left, gradients and their memory."
     self.model.zero_grad()
-    if self.copies: self.copies.drop_grads()
+    if self.adapter_casts: self.adapter_casts.drop_grads()
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #8fcb5a2a
 @patch
@@ -128,47 +130,47 @@ def backward(self: PackedStep,
         with attention.prefer(self.features.attention), self.on_capture_stream():
             total = self.loss(_sent(batch, self.device), even)
             total.backward()
-            if self.copies: self.copies.unscale_into_master_grads()
+            if self.adapter_casts: self.adapter_casts.unscale_into_master_grads()
         return total.detach()
     except torch.OutOfMemoryError:
-        self.forget()
+        self.drop_gradients()
         raise
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #b2da8809
 @patch
-def record(self: PackedStep,
+def capture(self: PackedStep,
     batch: dict,        # of the shape to record
     even: bool,         # every row is exactly `longest` tokens
     warm_ups: int = 2,  # passes before the recording
 ) -> StepGraph:
     "Record a pass; the gradients collected so far stay as they are."
-    kept, self.lane, batch = [p.grad.cpu() for p in self.parameters], self.lane or CaptureStream(), _sent(batch, self.device)
+    kept, self.capture_stream, batch = [p.grad.cpu() for p in self.parameters], self.capture_stream or CaptureStream(), _sent(batch, self.device)
     try:
         with attention.prefer(self.features.attention):
-            return StepGraph(lambda b: self.loss(b, even), batch, self.lane, self.copies and self.copies.unscale_into_master_grads, warm_ups)
+            return StepGraph(lambda b: self.loss(b, even), batch, self.capture_stream, self.adapter_casts and self.adapter_casts.unscale_into_master_grads, warm_ups)
     finally: torch._foreach_copy_([p.grad for p in self.parameters], kept)
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #2be78cba
 @patch
-def due(self: PackedStep,
+def should_capture(self: PackedStep,
     shape: tuple,       # of a pass that is not recorded
 ) -> bool:
     "Whether a pass of this shape should be recorded now: the first one of all, and others at their third time."
     if not self.graphs: return True
-    return self.seen[shape] > 2 and len(self.graphs) < self.options.max_graphs and not self.lane.broken
+    return self.shape_counts[shape] > 2 and len(self.graphs) < self.options.max_graphs and not self.capture_stream.broken
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #aa8ee4c2
 @patch
-def one_pass(self: PackedStep,
+def run_microbatch(self: PackedStep,
     batch: dict,        # from `packing.collate_packed`, in page-locked memory
     even: bool,         # every row is exactly `longest` tokens
 ):                      # the loss, detached
     "A pass, replayed if its shape is recorded or may be."
     if not self.features.cuda_graph.on: return self.backward(batch, even)
     shape = batch['input_ids'].shape[1], len(batch['at']), len(batch['cu_seqlens']), even
-    self.seen[shape] += 1
-    if shape not in self.graphs and self.due(shape):
-        try: self.graphs[shape] = self.record(batch, even, 0 if self.graphs else 2)
+    self.shape_counts[shape] += 1
+    if shape not in self.graphs and self.should_capture(shape):
+        try: self.graphs[shape] = self.capture(batch, even, 0 if self.graphs else 2)
         except RuntimeError as e:
             if not self.graphs or isinstance(e, torch.OutOfMemoryError): raise
             self.graphs[shape] = None       # others could be recorded, this one cannot
@@ -177,31 +179,31 @@ def one_pass(self: PackedStep,
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #ffc4b53a
 @patch
-def passes(self: PackedStep,
+def microbatches(self: PackedStep,
     cache,              # rows of tokens: `row(i)`, `lengths`
     rows: list,         # rows of one optimizer step
 ):                      # yields (batch, even)
     "The rows of one optimizer step, laid end to end in as few passes as the budget allows."
     o = self.options
-    self.learned |= {r: packing.count_label_tokens(cache, r) for r in rows if r not in self.learned}
-    n = sum(self.learned[r] for r in rows)
-    for part in packing.bin_pack(cache.lengths, rows, o.budget):
-        shape = o.fixed or packing.bucket_shape(cache.lengths, self.learned, part, o.grain, o.longest)
-        batch = {k: torch.from_numpy(v) for k, v in packing.collate_packed(cache, part, shape, o.longest, n).items()}
-        even = len(part) * o.longest == shape[0] and all(int(cache.lengths[r]) == o.longest for r in part)
+    self.label_tokens |= {r: packing.count_label_tokens(cache, r) for r in rows if r not in self.label_tokens}
+    n = sum(self.label_tokens[r] for r in rows)
+    for part in packing.bin_pack(cache.lengths, rows, o.max_tokens_per_microbatch):
+        shape = o.fixed_bucket or packing.bucket_shape(cache.lengths, self.label_tokens, part, o.bucket_size, o.max_seq_len)
+        batch = {k: torch.from_numpy(v) for k, v in packing.collate_packed(cache, part, shape, o.max_seq_len, n).items()}
+        even = len(part) * o.max_seq_len == shape[0] and all(int(cache.lengths[r]) == o.max_seq_len for r in part)
         yield {k: v.pin_memory() for k, v in batch.items()} if self.device.type == 'cuda' else batch, even
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #f9004855
 @patch
 def downgrade_after_oom(self: PackedStep) -> bool:
     "Give up recordings and merged matrices, the next time whatever layers keep; whether there was anything to give up."
-    merged = [m for m in self.copies.layers if m._merged is not None] if self.copies else []
-    if not merged and not self.lane:
+    merged = [m for m in self.adapter_casts.layers if m._merged is not None] if self.adapter_casts else []
+    if not merged and not self.capture_stream:
         if set(self.features.policies) <= {'layer', 'offload'}: return False
         self.apply_policies(['layer'] * len(self.layers))
     for m in merged: m._merged = None
-    self.graphs, self.lane, self.features.cuda_graph = {}, None, Feature(False, OUT_OF_MEMORY)
-    self.forget()
+    self.graphs, self.capture_stream, self.features.cuda_graph = {}, None, Feature(False, OUT_OF_MEMORY)
+    self.drop_gradients()
     if self.device.type == 'cuda': torch.cuda.empty_cache()
     return True
 
@@ -214,16 +216,16 @@ def accumulate(self: PackedStep,
     "Add the gradient of the mean loss over all learned tokens to `.grad`; a card that is full against the plan costs speed, not the run."
     rows, total = [r for batch in micro_batches for r in batch], torch.zeros((), device=self.device)
     try:
-        if self.copies: self.copies.update()
-        for batch, even in self.passes(cache, rows): total += self.one_pass(batch, even)
-        return total, sum(self.learned[r] for r in rows)
+        if self.adapter_casts: self.adapter_casts.update()
+        for batch, even in self.microbatches(cache, rows): total += self.run_microbatch(batch, even)
+        return total, sum(self.label_tokens[r] for r in rows)
     except torch.OutOfMemoryError as e: full = str(e)
     if not self.downgrade_after_oom(): raise torch.OutOfMemoryError(full)
     return self.accumulate(cache, micro_batches)
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #6a70a2b3
 @patch
-def keep_gradients(self: PackedStep):
+def allocate_gradients(self: PackedStep):
     "A gradient for every trained parameter, of zeros where there is none: what every pass of a step finds but the first."
     for p in self.parameters: p.grad = torch.zeros_like(p) if p.grad is None else p.grad
 
@@ -232,7 +234,7 @@ def keep_gradients(self: PackedStep):
 def zero_grad(self: PackedStep):
     "Forget the gradients; recorded passes need them to stay where they are."
     if not self.features.cuda_graph.on: return self.model.zero_grad()
-    self.keep_gradients()
+    self.allocate_gradients()
     torch._foreach_zero_([p.grad for p in self.parameters])
 
 # %% ../../../nbs/train/engine/04_packed.ipynb #c7a20ef3
@@ -240,5 +242,5 @@ def zero_grad(self: PackedStep):
 @contextmanager
 def evaluating(self: PackedStep):
     "A context for passes of any shape: layers uncompiled, the adapter as it is now."
-    if self.copies: self.copies.update()
-    with self.on_capture_stream(), torch.compiler.set_stance('force_eager') if self.run else nullcontext(): yield
+    if self.adapter_casts: self.adapter_casts.update()
+    with self.on_capture_stream(), torch.compiler.set_stance('force_eager') if self.compiled_forward else nullcontext(): yield
