@@ -158,7 +158,6 @@ def make_control(
     "The control of a field."
     options = CHOICES[name] if value in CHOICES[name] else (*CHOICES[name], value)
     look = dict(description=LABELS[name], style={'description_width': '10em'}, layout={'width': '28em'})
-    if isinstance(value, bool): return W.Checkbox(value=value, **look)
     if isinstance(value, str): return W.Dropdown(options=options, value=value, **look)
     return W.SelectionSlider(options=sorted(options), value=value, continuous_update=True, **look)
 
