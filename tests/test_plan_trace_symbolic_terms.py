@@ -14,15 +14,15 @@ SIZES = dict(n=512, r=16, i=256)
 
 def rehearsed(policy, layers, n, r, i):
     "The ledger of two steps of a small Llama, uncompiled."
-    rehearse = pytest.importorskip('homelab_ft.plan.trace.dry_run')
+    dry_run = pytest.importorskip('homelab_ft.plan.trace.dry_run')
     raw = dict(model_type='llama', hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64, intermediate_size=i, vocab_size=1024,
                num_hidden_layers=layers, max_position_embeddings=2**20)
     config = make_config(model='Llama-3.1-8B', method='lora', lora_r=r, max_length=n, per_device_train_batch_size=2, torch_compile=False, padding_free=True)
     gc.collect()
     gc.disable()        # deaths come in order
     try:
-        witness, _ = rehearse.rehearse(config, rehearse.DryRunSpec(raw=raw, policies=[policy] * layers, shape=(2 * n, 512, 8), gradients=False))
-        return Ledger(list(witness.ledger.events), list(witness.ledger.phases), dict(witness.ledger.categories))
+        tracer, _ = dry_run.dry_run(config, dry_run.DryRunSpec(hf_config=raw, policies=[policy] * layers, bucket=(2 * n, 512, 8), gradients=False))
+        return Ledger(list(tracer.ledger.events), list(tracer.ledger.phases), dict(tracer.ledger.categories))
     finally: gc.enable()
 
 

@@ -15,7 +15,7 @@ from homelab_ft.io import write_atomic
 from homelab_ft.plan.trace import symbolic_terms as terms
 from homelab_ft.plan.trace.ledger import Ledger
 from homelab_ft.plan.model_catalog import known_config
-from homelab_ft.plan.trace import dry_run as rehearse, memory_tracer as witness
+from homelab_ft.plan.trace import dry_run, memory_tracer
 from homelab_ft.train.run_folder import versions
 
 PLAN = Path(__file__).resolve().parents[1] / 'homelab_ft/plan'
@@ -43,12 +43,12 @@ def ledger(mode, layers, sizes):
     method, policy, family, layers_are, *few = mode.split('/')
     config = make_config(model=FAMILIES[family], method=method.removeprefix('dora-'), use_dora='dora' in method, lora_r=sizes['r'], lora_alpha=32, max_length=sizes['n'], target_modules=few[0].split('+') if few else 'all-linear',
                          per_device_train_batch_size=sizes['b'], torch_compile=layers_are == 'compiled', padding_free=True)
-    scene = rehearse.DryRunSpec(raw=toy(family, layers, sizes), policies=[policy] * layers, shape=(sizes['b'] * sizes['n'], sizes['p'], 8), gradients=False, card='ampere')      # flash attention: every piece of memory is a product
+    scene = dry_run.DryRunSpec(hf_config=toy(family, layers, sizes), policies=[policy] * layers, bucket=(sizes['b'] * sizes['n'], sizes['p'], 8), gradients=False, arch='ampere')      # flash attention: every piece of memory is a product
     torch._dynamo.reset()
     gc.collect()
     gc.disable()
     try:
-        with patch.object(witness, 'sum_bytes', lambda *_: 0): seen, _ = rehearse.rehearse(config, scene)      # no products of sizes; `estimate` adds them
+        with patch.object(memory_tracer, 'sum_bytes', lambda *_: 0): seen, _ = dry_run.dry_run(config, scene)      # no products of sizes; `estimate` adds them
         return Ledger(list(seen.ledger.events), list(seen.ledger.phases), dict(seen.ledger.categories))
     finally: gc.enable()
 

@@ -21,7 +21,6 @@ from .memory_budget import StepOptions
 from .ops.cuda_graph import CaptureStream, StepGraph
 from .ops.device import current_port
 from .ops.offload import ActivationOffloader
-from .ops.device import current_port
 from .ops.offload import OffloadedEmbedding, unsupported_embedding
 from .ops.adapter_casts import AdapterCasts
 
