@@ -77,4 +77,4 @@ def test_fewer_adapters_keep_no_more(targets):
         for phase, parts in few.items(): assert sum(parts.values()) <= sum(every[phase].values()) * 1.005, (policy, phase)
 
 
-def test_buckets_are_those_of_training(): assert StepOptions(1, 1).grain == BUCKET_SIZE
+def test_buckets_are_those_of_training(): assert StepOptions(1, 1).bucket_size == BUCKET_SIZE
