@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['KiB', 'MiB', 'GiB', 'MB', 'GB', 'fmt_gib', 'fmt_duration', 'HomelabError', 'ConfigError', 'DataError', 'ModelError',
-           'RunError', 'HardwareError', 'near_matches', 'Example', 'embedded_model', 'model_path']
+           'RunError', 'HardwareError', 'near_matches', 'Example', 'package_file', 'embedded_model', 'model_path']
 
 # %% ../nbs/00_core.ipynb #4d72ba10
 import difflib, re
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #761bc276
@@ -94,10 +95,15 @@ class Example:
         return self.messages[-1]['content']
 
 # %% ../nbs/00_core.ipynb #eee9ef6c
+def package_file(
+    name: str,       # path inside the package
+) -> Path:
+    "A data file or folder that is installed with the package."
+    return Path(str(resources.files('homelab_ft'))) / name
+
 def embedded_model() -> Path:
     "Folder of the base model in this package; `AutoModelForCausalLM.from_pretrained` loads it."
-    import homelab_ft
-    return Path(homelab_ft.__file__).parent / 'assets' / 'base_model'
+    return package_file('assets/base_model')
 
 # %% ../nbs/00_core.ipynb #8c5ec430
 def model_path(

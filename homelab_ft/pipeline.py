@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUICKSTART', 'quickstart_config', 'required_disk_bytes', 'check_inputs', 'largest_batch', 'plan_run',
-           'training_sequences', 'new_run', 'read_parity', 'evaluate_and_export', 'stop_on_ctrl_c', 'train_here',
-           'run_pipeline', 'resume_pipeline', 'read_projection', 'project_from_first_steps', 'summary_table']
+           'training_sequences', 'new_run', 'evaluate_and_export', 'stop_on_ctrl_c', 'train_here', 'run_pipeline',
+           'resume_pipeline', 'read_projection', 'project_from_first_steps', 'summary_table']
 
 # %% ../nbs/05_pipeline.ipynb #a2704562
 import json, os, shutil, signal, tempfile, threading, time
@@ -20,7 +20,8 @@ from .data.chat_template import load_tokenizer
 from .data.prepare import prepare
 from .data.sample.tickets import write_tickets
 from .data.tokenize import TokenCache, make_cache
-from .deploy.merge import Parity, merge, parity
+from .deploy.merge import merge
+from .deploy.parity import load_parity, parity
 from .deploy.registry import register
 from .deploy.report import cost_table, write_report
 from .evaluate.compare import compare, load_evaluation
@@ -150,16 +151,6 @@ def new_run(
     return run
 
 # %% ../nbs/05_pipeline.ipynb #f029f051
-def read_parity(
-    run: RunFolder,      # a run with a merged model
-) -> Parity:
-    "The comparison of the merged model with the adapter, measured once."
-    path = run.path / 'parity.json'
-    if not path.exists(): return parity(run)
-    record = json.loads(path.read_text(encoding='utf-8'))
-    record.pop('passed')
-    return Parity(**record)
-
 def evaluate_and_export(
     run: RunFolder,          # a run whose training has finished
     log=print,               # receives a line per stage
@@ -173,7 +164,7 @@ def evaluate_and_export(
     evaluation = load_evaluation(run) if run.evaluation_path.exists() else compare(run, run.config())
     log('deploy    one plain model folder, compared with the fine-tuned model')
     if not run.merged_path.exists(): merge(run)
-    comparison = read_parity(run)
+    comparison = load_parity(run) or parity(run)
     if not comparison.passed:
         log(f'the merged model answers differently from the adapter: do not ship it\n{comparison}')
     write_report(run, register(run), evaluation, comparison)

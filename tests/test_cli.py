@@ -192,7 +192,7 @@ def test_plan_on_a_card_shows_what_it_does_now(monkeypatch, capsys):
     assert '81 °C' in capsys.readouterr().out
     main(['plan', '--json'])
     answer = json.loads(capsys.readouterr().out)
-    assert answer['card'] == 'Card' and answer['limit_bytes'] == 15942 * 2**20
+    assert answer['gpu'] == 'Card' and answer['limit_bytes'] == 15942 * 2**20
 
 
 def test_plan_names_settings_that_fit(here, capsys):
@@ -222,4 +222,4 @@ def test_a_full_card_is_the_persons_to_mend(monkeypatch, capsys):
     monkeypatch.setattr(cli, 'read_settings', full)
     assert main(['data', '--data', 'x.csv']) == 2
     said = capsys.readouterr().err
-    assert 'the card is out of memory' in said and 'next step' in said and '--debug' not in said
+    assert 'the GPU is out of memory' in said and 'next step' in said and '--debug' not in said

@@ -1,19 +1,16 @@
-"data.near, data.clean: what was planted is found, code and fine text are left alone, seconds for ten thousand rows."
-import itertools, time
+"data.clean: injected noise is found, code and fine text are left alone, ten thousand rows take seconds."
+import time
 from copy import deepcopy
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from homelab_ft.core import DataError, Example
-from homelab_ft.data import dedup as near
-from homelab_ft.data.clean import CleaningReport, clean, fix_mojibake, strip_html
+from homelab_ft.data.clean import clean, fix_mojibake, strip_html
 from homelab_ft.data.formats import detect_format, to_examples
 from homelab_ft.data.load import load_rows
-from homelab_ft.data.dedup import jaccard, near_duplicate_groups, normalise
-from homelab_ft.data.sample.tickets import make_tickets, injected_noise
+from homelab_ft.data.sample.tickets import injected_noise, make_tickets
 
 SHARED = Path(__file__).resolve().parent.parent.parent / 'shared' / 'data'
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason='the shared data are not here')
@@ -73,8 +70,8 @@ def test_rows_about_code_keep_their_tags(messages):
 
 # ---------------------------------------------------------------- the whole cleaning
 
-@pytest.mark.parametrize('seed', range(3))
-def test_planted_dirt_is_found_row_by_row(seed):
+@pytest.mark.parametrize('seed', range(2))
+def test_injected_noise_is_found_row_by_row(seed):
     truth = injected_noise(1200, seed)
     kept, report = clean(tickets(seed=seed))
     for kind in ('mojibake', 'html', 'blank', 'conflict', 'duplicate'): assert report.rows(kind) == truth[kind], kind
@@ -125,8 +122,8 @@ def test_conflicts_follow_the_strict_majority(pairs):
 
 
 def test_answers_may_differ_where_there_are_no_classes():
-    kept, report = clean([example('Tell a joke', 'one'), example('Tell a joke', 'two')])
-    assert len(kept) == 2 and report.rows('conflict') == [] and report.groups == [0, 0]
+    kept, report = clean([example('Tell a joke', 'one', row=1), example('Tell a joke', 'two', row=2)])
+    assert len(kept) == 2 and report.rows('conflict') == [] and list(report.groups.values()) == [0, 0]
 
 
 def test_a_system_prompt_is_no_question():
@@ -137,71 +134,10 @@ def test_a_system_prompt_is_no_question():
 def test_report_shows_rows_and_escapes():
     report = clean(tickets())[1]
     assert '48' in str(report) and 'Cleaning: 1200 rows in, 1128 out' in str(report)
-    assert '<table' in report._repr_html_() and report._repr_markdown_().count('\n|') == 8
-    assert CleaningReport(0).groups == []
+    assert '<table' in report._repr_html_()
+    
 
-
-# ---------------------------------------------------------------- near duplicates
-
-def brute(texts, threshold=0.7):
-    "All pairs at or above the threshold, by comparing every two texts."
-    row, number = near._without_common(*near._all_shingles([normalise(t) for t in texts]), len(texts))
-    sets = [set(number[row == i].tolist()) for i in range(len(texts))]
-    return {(i, j) for i, j in itertools.combinations(range(len(texts)), 2) if jaccard(sets[i], sets[j]) >= threshold}
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(any_text, max_size=8))
-def test_shingles_are_the_pieces_of_five(texts):
-    if not texts: return
-    normal = [normalise(t) for t in texts]
-    row, number = near._all_shingles(normal)
-    pieces = [{t.ljust(5)[i:i + 5] for i in range(len(t.ljust(5)) - 4)} for t in normal]
-    assert np.bincount(row, minlength=len(texts)).tolist() == [len(p) for p in pieces]
-    sets = [set(number[row == i].tolist()) for i in range(len(texts))]
-    for (a, pa), (b, pb) in itertools.combinations(zip(sets, pieces), 2): assert jaccard(a, b) == jaccard(pa, pb)
-
-
-@pytest.mark.parametrize('seed', range(2))
-def test_all_pairs_are_found_and_no_other(seed):
-    texts = [e.prompt for e in clean(tickets(400, seed))[0]]
-    groups, pairs = near_duplicate_groups(texts), brute(texts)
-    assert all(groups[i] == groups[j] for i, j in pairs)
-    assert groups == near.connected(len(texts), pairs)
-
-
-def test_crowded_bands():
-    texts = [f'the very same letter to the whole street, and to everybody in it, number {i}' for i in range(300)]
-    assert set(near_duplicate_groups(texts[:10])) == {0}
-    assert len(set(near_duplicate_groups(texts + [f'{i * 7919:09d} {i * 104729:09d} nothing' for i in range(400)]))) >= 400
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(any_text, max_size=12))
-def test_groups_are_named_by_their_first(texts):
-    groups = near_duplicate_groups(texts)
-    assert all(g <= i and groups[g] == g for i, g in enumerate(groups))
-    assert all(groups[i] == groups[j] for i, j in itertools.combinations(range(len(texts)), 2) if normalise(texts[i]) == normalise(texts[j]))
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(1, 20).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)), max_size=25))))
-def test_connected_is_reachability(case):
-    n, pairs = case
-    reach = np.eye(n, dtype=bool)
-    for i, j in pairs: reach[i, j] = reach[j, i] = True
-    for _ in range(n): reach = reach @ reach
-    assert near.connected(n, pairs) == [int(np.flatnonzero(r)[0]) for r in reach]
-
-
-def test_shared_frame_does_not_make_texts_alike():
-    frame = 'You are a careful assistant who sorts letters into drawers, and never says more than a word. '
-    words = 'apple river stone cloud window garden bridge letter copper winter summer lantern'.split()
-    texts = [f'{frame}{a} {b}' for a, b in itertools.permutations(words, 2)]
-    assert len(set(near_duplicate_groups(texts))) > len(texts) // 4
-    assert set(near_duplicate_groups([frame + 'x', frame + 'y'])) == {0}      # two texts are too few to know what is common
-
-
+@pytest.mark.slow
 def test_ten_thousand_rows_take_seconds():
     kept = clean(tickets())[0]
     many = [example(f'{e.prompt} {i * 7919} {e.answer} {i}', e.answer, e.label, i) for i in range(9) for e in kept]
@@ -219,6 +155,7 @@ def test_banking77():
 
 
 @needs_shared
+@pytest.mark.slow
 def test_gsm8k_is_left_alone():
     rows = load_rows(SHARED / 'instruct' / 'gsm8k' / 'train.jsonl')
     examples = to_examples(rows, detect_format(rows))

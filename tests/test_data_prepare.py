@@ -1,17 +1,17 @@
-"Prepared folders: reproducible, sealed last, mended when torn, never overwritten, nothing shared between parts."
-import csv, json
+"data.prepare: reproducible, the manifest written last, torn files found, nothing overwritten, nothing shared between parts."
+import csv, json, random
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
-import homelab_ft.data.prepare as room
+from homelab_ft.data import prepare as module
 from homelab_ft.core import ConfigError, DataError, ModelError
 from homelab_ft.config import make_config
 from homelab_ft.data.chat_template import encode, load_tokenizer, prompt_ids
 from homelab_ft.data.prepare import PARTS, load_prepared, prepare
 from homelab_ft.data.sample.tickets import write_tickets
-from homelab_ft.data.split import leaks
+from homelab_ft.data.tokenize import encode_text
 
 BANKING = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'classify' / 'banking77' / 'train.csv'
 
@@ -70,11 +70,11 @@ def test_reading_back_gives_the_same(tmp_path):
 def test_a_known_result_is_not_computed_again(tmp_path, monkeypatch):
     config = make_config(data=str(small(tmp_path)))
     prepare(config, tok(), tmp_path / 'a')
-    monkeypatch.setattr(room, '_build', lambda *_: pytest.fail('built again'))
+    monkeypatch.setattr(module, 'build_prepared', lambda *_: pytest.fail('built again'))
     assert prepare(config, tok(), tmp_path / 'a').cached
 
 
-@pytest.mark.parametrize('change', [dict(seed=1), dict(eval_fraction=0.4), dict(max_length=256), dict(system_prompt='Be brief.')])
+@pytest.mark.parametrize('change', [dict(seed=1), dict(system_prompt='Be brief.')])
 def test_other_settings_are_refused_not_overwritten(tmp_path, change):
     data = str(small(tmp_path))
     a = prepare(make_config(data=data), tok(), tmp_path / 'a')
@@ -91,20 +91,18 @@ def test_other_bytes_are_refused(tmp_path):
 
 # -- faults -------------------------------------------------------------------------------------------------------------------------------
 
-FILES = ['train.safetensors', 'validation.safetensors', 'test.safetensors', 'test_examples.jsonl']
-
-
-@pytest.mark.parametrize('file', FILES)
-@pytest.mark.parametrize('fault', ['half', 'gone', 'flipped'])
-def test_a_broken_file_is_found_and_mended(tmp_path, file, fault):
+@pytest.mark.parametrize('file, fault', [
+    ('train.safetensors', 'half'), ('validation.safetensors', 'gone'), ('test.safetensors', 'flipped'), ('test_examples.jsonl', 'flipped'),
+])
+def test_a_broken_file_is_found_and_written_again(tmp_path, file, fault):
     config, path = make_config(data=str(small(tmp_path))), tmp_path / 'a' / file
     before = fingerprints(prepare(config, tok(), tmp_path / 'a'))
-    whole = path.read_bytes()
+    content = path.read_bytes()
     if fault == 'gone': path.unlink()
-    else: path.write_bytes(whole[:len(whole) // 2] if fault == 'half' else whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    else: path.write_bytes(content[:len(content) // 2] if fault == 'half' else content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
     with pytest.raises(DataError): load_prepared(tmp_path / 'a')
-    mended = prepare(config, tok(), tmp_path / 'a')
-    assert not mended.cached and fingerprints(mended) == before and path.read_bytes() == whole
+    repaired = prepare(config, tok(), tmp_path / 'a')
+    assert not repaired.cached and fingerprints(repaired) == before and path.read_bytes() == content
     assert load_prepared(tmp_path / 'a').cached
 
 
@@ -115,8 +113,8 @@ def test_a_swapped_cache_is_found(tmp_path):
     with pytest.raises(DataError, match='altered'): load_prepared(tmp_path / 'a')
 
 
-@pytest.mark.parametrize('calls', range(6))
-def test_a_crash_at_any_write_leaves_no_seal(tmp_path, monkeypatch, calls):
+@pytest.mark.parametrize('calls', [0, 3, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4))])
+def test_a_crash_at_any_write_leaves_no_manifest(tmp_path, monkeypatch, calls):
     import homelab_ft.io as files
     config, done, replace = make_config(data=str(small(tmp_path))), [], files.os.replace
     def crash(a, b):
@@ -132,22 +130,32 @@ def test_a_crash_at_any_write_leaves_no_seal(tmp_path, monkeypatch, calls):
     assert load_prepared(tmp_path / 'a').cached
 
 
-def test_a_crash_while_mending_removes_the_old_seal(tmp_path, monkeypatch):
+def test_a_crash_while_repairing_removes_the_old_manifest(tmp_path, monkeypatch):
     config = make_config(data=str(small(tmp_path)))
     prepare(config, tok(), tmp_path / 'a')
     (tmp_path / 'a' / 'test.safetensors').unlink()
     def crash(*_): raise KeyboardInterrupt
-    monkeypatch.setattr(room, 'save_cache', crash)
+    monkeypatch.setattr(module, 'save_cache', crash)
     with pytest.raises(KeyboardInterrupt): prepare(config, tok(), tmp_path / 'a')
     assert not (tmp_path / 'a' / 'data.json').exists()
 
 
-def test_a_torn_seal_counts_as_none(tmp_path):
+def test_a_torn_manifest_counts_as_none(tmp_path):
     config = make_config(data=str(small(tmp_path)))
     prepare(config, tok(), tmp_path / 'a')
     (tmp_path / 'a' / 'data.json').write_text('{"fingerprint": "ab')
     with pytest.raises(DataError, match='no prepared data'): load_prepared(tmp_path / 'a')
     assert not prepare(config, tok(), tmp_path / 'a').cached
+
+
+def test_folders_of_older_runs_are_read(tmp_path):
+    config, path = make_config(data=str(small(tmp_path))), tmp_path / 'a' / 'data.json'
+    new = prepare(config, tok(), tmp_path / 'a')
+    manifest = json.loads(path.read_text())
+    manifest['layout'], manifest['seal'] = manifest.pop('dataset_format'), manifest.pop('checksums')
+    path.write_text(json.dumps(manifest))
+    old = prepare(config, tok(), tmp_path / 'a')
+    assert old.cached and (old.dataset_format, fingerprints(old)) == (new.dataset_format, fingerprints(new))
 
 
 # -- parts --------------------------------------------------------------------------------------------------------------------------------
@@ -191,6 +199,47 @@ def test_rare_labels(tmp_path):
     with pytest.raises(DataError, match='only once'): prepare(make_config(data=str(data)), tok(), tmp_path / 'a')
     p = prepare(make_config(data=str(data), rare_labels='drop'), tok(), tmp_path / 'a')
     assert p.labels == ['green', 'red'] and ['dropped: a label that occurs once', 1, ''] in p.report[0].rows
+
+
+# -- plain text ---------------------------------------------------------------------------------------------------------------------------
+
+PEOPLE = ['Ada', 'Ben', 'Cleo', 'Dan', 'Eve']
+THINGS = ['boiler', 'pump', 'valve', 'fan', 'meter']
+PLACES = ['cellar', 'attic', 'hall', 'yard', 'shed']
+
+
+def sentence(rng):
+    return f'{rng.choice(PEOPLE)} checks the {rng.choice(THINGS)} in the {rng.choice(PLACES)} at {rng.randrange(24)} and writes {rng.randrange(10**6)} into the book.'
+
+
+def texts(n, seed=0):
+    rng = random.Random(seed)
+    return [' '.join(sentence(rng) for _ in range(rng.randrange(1, 4))) for _ in range(n)]
+
+
+def write(path, rows, column='text'):
+    path.write_text(''.join(json.dumps({column: r}) + '\n' for r in rows), encoding='utf-8')
+    return str(path)
+
+
+def test_copies_go_and_near_copies_stay_together(tmp_path):
+    rows = texts(80)
+    similar = [r.replace('book.', 'large book.', 1) for r in rows[:20]]
+    data = prepare(make_config(data=write(tmp_path / 'd.jsonl', rows + similar + rows[:5] + ['  ']), eval_fraction=0.3), tok(), tmp_path / 'p')
+    assert data.rows['file'] == 106 and data.rows['cleaned'] == 100
+    side = {row: part for part in ('train', 'validation', 'test') for row in getattr(data, part).rows.tolist()}
+    assert all(side[i + 1] == side[80 + i + 1] for i in range(20))
+    assert len(set(side.values())) == 3
+
+
+def test_long_texts(tmp_path):
+    path = write(tmp_path / 'd.jsonl', texts(40) + ['word ' * 600])
+    with pytest.raises(DataError, match='1 of 41 rows are longer'): prepare(make_config(data=path), tok(), tmp_path / 'e')
+    dropped, cut = (prepare(make_config(data=path, max_length=128, overlong_rows=how), tok(), tmp_path / how) for how in ('drop', 'truncate'))
+    assert dropped.rows['tokenized'] == 40 and cut.rows['tokenized'] == 41
+    parts = [(p, i) for p in (cut.train, cut.validation, cut.test) for i, row in enumerate(p.rows) if row == 41]
+    ids, mask = parts[0][0].row(parts[0][1])
+    assert ids.tolist() == encode_text([{'role': 'text', 'content': ('word ' * 600).strip()}], tok())[0][:128] and mask.all()
 
 
 # -- bad input: one clear error, nothing written --------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ from hypothesis import given, settings, strategies as st
 import homelab_ft.io
 from homelab_ft.core import DataError, Example
 from homelab_ft.data.chat_template import encode, load_tokenizer
-from homelab_ft.data.tokenize import control_pattern, load_cache, make_cache, save_cache, select, tokenize_examples
+from homelab_ft.data.tokenize import control_pattern, encode_text, load_cache, make_cache, save_cache, select, tokenize_examples
 
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=25, deadline=None)
 
 
 @lru_cache
@@ -65,17 +65,18 @@ def test_a_failed_write_leaves_the_old_cache(tmp_path, monkeypatch):
     assert load_cache(path).rows.tolist() == [1] and [p.name for p in tmp_path.iterdir()] == ['a.safetensors']
 
 
-@quick
+@settings(max_examples=10, deadline=None)
 @given(lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=8), limit=st.integers(16, 60),
        choice=st.sampled_from(['drop', 'truncate']))
 def test_no_row_is_longer_than_promised(lengths, limit, choice):
     examples = [example('word ' * a, 'word ' * b, i) for i, (a, b) in enumerate(lengths, 1)]
     full = [encode(e.messages, tok()) for e in examples]
-    try: cache, kept, report = tokenize_examples(examples, tok(), limit, choice, encode)
+    try: result = tokenize_examples(examples, tok(), limit, choice)
     except DataError as e:
         assert 'no row is left' in str(e) and all(len(f.input_ids) > limit for f in full)
         return
-    assert cache.lengths.max() <= limit and report.kept == len(cache) == len(kept)
+    cache, kept, report = result.cache, result.positions, result.report
+    assert cache.lengths.max() <= limit and len(cache) == len(kept)
     assert cache.rows.tolist() == [examples[i].row for i in kept]
     for k, i in enumerate(kept):
         ids, mask = cache.row(k)
@@ -86,22 +87,30 @@ def test_no_row_is_longer_than_promised(lengths, limit, choice):
 
 def test_too_long_says_how_many_how_long_and_which():
     examples = [example('short', 'yes', 3), example('long ' * 50, 'no', 8), example('longer ' * 80, 'no', 9)]
-    with pytest.raises(DataError, match='2 of 3 rows') as e: tokenize_examples(examples, tok(), 40, 'error', encode)
+    with pytest.raises(DataError, match='2 of 3 rows') as e: tokenize_examples(examples, tok(), 40, 'error')
     longest = len(encode(examples[2].messages, tok()).input_ids)
     assert str(longest) in e.value.value and 'row 9' in e.value.value
     assert 'overlong_rows=drop' in e.value.next_step and f'max_length={longest}' in e.value.next_step
-    assert len(tokenize_examples(examples, tok(), longest, 'error', encode)[0]) == 3
+    assert len(tokenize_examples(examples, tok(), longest, 'error').cache) == 3
 
 
 def test_control_tokens_anywhere_drop_the_row():
     special = [t.content for t in tok().added_tokens_decoder.values()]
     examples = [example('fine', 'yes', 1), *(example(f'a{s}b', 'no', 2 + i) for i, s in enumerate(special)), example('fine', f'no {special[0]}', 99)]
     examples.append(Example([{'role': 'system', 'content': special[-1]}, *examples[0].messages], 'yes', 100))
-    cache, kept, report = tokenize_examples(examples, tok(), 64, 'error', encode)
-    assert kept == [0] and report.control == [e.row for e in examples[1:]]
+    result = tokenize_examples(examples, tok(), 64, 'error')
+    assert result.positions == [0] and result.report.control == [e.row for e in examples[1:]]
     assert not control_pattern(tok()).search('<|no such token|> <b> </s> [INST]')
 
 
 def test_nothing_left():
-    with pytest.raises(DataError, match='no row is left'): tokenize_examples([example('<|eot_id|>', 'x', 1)], tok(), 64, 'drop', encode)
-    with pytest.raises(DataError, match='no row is left'): tokenize_examples([], tok(), 64, 'drop', encode)
+    with pytest.raises(DataError, match='no row is left'): tokenize_examples([example('<|eot_id|>', 'x', 1)], tok(), 64, 'drop')
+    with pytest.raises(DataError, match='no row is left'): tokenize_examples([], tok(), 64, 'drop')
+
+
+@given(st.text(alphabet=st.characters(blacklist_categories=('Cs',)), min_size=1, max_size=200).filter(lambda t: '<|' not in t))
+@settings(max_examples=40, deadline=None)
+def test_every_token_is_learned_and_the_text_comes_back(text):
+    ids, mask = encode_text([{'role': 'text', 'content': text}], tok())
+    assert ids[0] == tok().bos_token_id and ids[-1] == tok().eos_token_id and mask == [1] * len(ids)
+    assert ids[1:-1] == tok()(text, add_special_tokens=False).input_ids

@@ -1,9 +1,7 @@
 "ui.dashboard: folders with nothing, torn lines, vanished runs; threads that end."
-import json, shutil, time
-import xml.etree.ElementTree as ET
+import time
 
 import pytest
-from hypothesis import given, settings, strategies as st
 
 from homelab_ft.config import RunConfig
 from homelab_ft.train.run_folder import RunStatus, create_run, history, log_event, log_metrics, pending_commands, status
@@ -47,26 +45,7 @@ def test_every_cut_of_the_metrics(run):
     whole = run.metrics_path.read_bytes()
     for end in range(0, len(whole), 7):
         run.metrics_path.write_bytes(whole[:end])
-        assert '<svg' in ui.dashboard_html(status(run), history(run)) or 'no step' in ui.dashboard_html(status(run), history(run))
-
-
-@given(st.lists(st.tuples(st.integers(0, 10**6), st.one_of(st.floats(allow_nan=True, allow_infinity=True), st.none())), max_size=30), st.integers(0, 10**6))
-@settings(max_examples=150, deadline=None)
-def test_any_curve_draws(points, total):
-    "Any numbers, NaN and infinity among them, give well-formed SVG with finite coordinates."
-    curves = {'train': [dict(step=s, loss=l) for s, l in points], 'eval': [dict(step=s, loss=l) for s, l in points[:3]]}
-    svg = ui.loss_svg(curves, total)
-    if '<svg' in svg:
-        ET.fromstring(svg)
-        assert 'nan' not in svg and 'inf' not in svg
-
-
-@given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
-@settings(deadline=None)
-def test_ticks_cover(low, span):
-    ticks = ui.nice_ticks(low, low + span)
-    slack = 1e-6 * max(1.0, abs(low), span)
-    assert 2 <= len(ticks) <= 8 and ticks[0] <= low + slack and ticks[-1] >= low + span - slack and ticks == sorted(ticks)
+        assert '<svg' in ui.dashboard_html(status(run), history(run))
 
 
 def test_text_is_escaped():

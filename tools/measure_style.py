@@ -110,7 +110,8 @@ def main(arguments):
     modules, notebooks = select(ROOT / PACKAGE, '*.py', wanted), select(ROOT / 'nbs', '*.ipynb', wanted)
     figures, lines = measure(modules, notebooks)
     for name, value in figures.items(): print(f'{name:32} {value:10,.1f}   aim: at most {AIMS[name]:,.0f}')
-    for line in sorted(lines, key=lambda line: -line.length)[:20 if wanted else 5]:
+    longest = sorted(lines, key=lambda line: -line.length)[:20 if wanted else 5]
+    for line in longest:
         if line.length > 120: print(f'  {line.path.relative_to(ROOT)}:{line.number} has {line.length} characters')
     missed = [name for name, value in figures.items() if value > AIMS[name]]
     if wanted: return 0

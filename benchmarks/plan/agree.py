@@ -13,12 +13,11 @@ from homelab_ft.config import make_config
 from homelab_ft.table import Table
 from homelab_ft.io import now, write_json
 from homelab_ft.plan.memory.packed_step import FAMILIES
-from homelab_ft.plan.memory.spec import BUCKET_SIZE
 from homelab_ft.plan.model_catalog import KNOWN
 from homelab_ft.plan.model_shape import model_shape
 from homelab_ft.plan.trace.trace import ALTERNATING, trace
 from homelab_ft.plan.memory.estimate import EstimateSpec, estimate
-from homelab_ft.train.engine.packing import bucket_shape, round_up
+from homelab_ft.train.engine.packing import BUCKET_SIZE, bucket_shape, round_up
 from homelab_ft.train.run_folder import versions
 
 HERE = Path(__file__).resolve().parent

@@ -9,7 +9,7 @@ from homelab_ft.plan.memory.overhead import process_constants
 from traces import fast, key
 
 HERE = Path(__file__).resolve().parent
-NAMES = ('plain', 'recorded', 'recorded_compiled', 'recorded_keep', 'recorded_again', 'eight_bits')
+NAMES = ('padded', 'graph', 'graph_compiled_layer', 'graph_eager_layer', 'graph_checkpointed_layer', 'int8_kernels')
 
 
 def layers(row):
@@ -32,7 +32,7 @@ def main():
     for name, n in zip(NAMES, found): print(f'{name}:', round(n))
     traced = json.loads((HERE / 'traces.json').read_text())
     eight = [r for r in recorded if r['settings']['method'] == 'int8']
-    print('gaps_eight_bits:', round(median(r['reserved'] - traced[key(r)]['reserved'] for r in eight)) + process_constants()['gaps_eight_bits'])
+    print('int8_reserved:', round(median(r['reserved'] - traced[key(r)]['reserved'] for r in eight)) + process_constants()['int8_reserved'])
     print('left over, MiB:', *(f'{n / 2**20:.0f}' for n in y - x @ found))
 
 

@@ -13,10 +13,9 @@ from homelab_ft.core import GiB
 from homelab_ft.config import make_config
 from homelab_ft.table import Table
 from homelab_ft.io import now, write_json
-from homelab_ft.plan.memory.spec import BUCKET_SIZE
 from homelab_ft.plan.memory.overhead import process_bytes
 from homelab_ft.plan.trace.memory_pools import held_layers, merged_bytes
-from homelab_ft.train.engine.packing import round_up
+from homelab_ft.train.engine.packing import BUCKET_SIZE, round_up
 from homelab_ft.plan.model_shape import model_shape
 from homelab_ft.plan.memory.estimate import EstimateSpec, estimate
 
@@ -49,7 +48,7 @@ def measured(row):
 
 def reserved_bytes(est, compiled=True, eight_bits=False):
     "Of the process in an estimate, what PyTorch has: all but context and libraries."
-    return est.peak - process_bytes(0, est.policies, est.step == 'packed', compiled, eight_bits=eight_bits)
+    return est.peak - process_bytes(0, est.policies, est.step == 'packed', compiled, int8=eight_bits)
 
 
 def tensors(est):
@@ -76,7 +75,7 @@ def closed(row):
     "The three figures of the closed form; None where it has no terms for rows end to end."
     config, given = as_it_ran(row)
     est = estimate(model_shape(config.model), EstimateSpec.from_config(config), policies=given['policies'], loss_chunk=given.get('chunk', 0),
-                   full_logits=not row['features'].get('chunked_loss', {}).get('on'), after_failed_packing=given.get('tried', False))
+                   full_logits=not row['features'].get('chunked_loss', {}).get('on'))
     if fast(row) and est.step != 'packed': return None
     more, compiled = repeated(row, est), config.torch_compile is not False
     first = first_pass(est) + more

@@ -128,7 +128,7 @@ def _correction(found) -> int:
     "Bytes that the card takes beside PyTorch's memory beyond what the plan has for it."
     features = found.features
     on = {name: features.get(name, {}).get('on', False) for name in ('cuda_graph', 'compile')}
-    said = process_bytes(0, features.get('policies', {}), on['cuda_graph'], on['compile'], eight_bits=found.method == 'int8')
+    said = process_bytes(0, features.get('policies', {}), on['cuda_graph'], on['compile'], int8=found.method == 'int8')
     return found.process - found.reserved - said
 
 # %% ../../nbs/plan/10_probe.ipynb #ff394148
@@ -136,7 +136,7 @@ def remember(
     found: Probe,           # from `probe`
 ) -> Path:                  # the file
     "Write down what the card takes beside tensors, for plans to come; an older entry of the card is replaced."
-    entry = dict(context=found.context, libraries=found.libraries, correction=_correction(found), error=found.predicted['process'] / found.process - 1, versions=found.versions, date=now()[:10])
+    entry = dict(context=found.context, libraries=found.libraries, overhead_offset=_correction(found), error=found.predicted['process'] / found.process - 1, versions=found.versions, date=now()[:10])
     return write_json(probes_file(), read_probes() | {found.card: entry})
 
 # %% ../../nbs/plan/10_probe.ipynb #2d9334d7

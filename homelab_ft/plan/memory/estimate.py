@@ -166,14 +166,14 @@ def estimate(
     optim = spec.optim.removeprefix('paged_') if spec.arch == 'cpu' else spec.optim
     states, cpu_bytes = state_bytes(ctx.matrices, optim)
     added = packed_phases(ctx) if ctx.packed else padded_phases(ctx)
-    overhead = step_overhead(ctx, added, states)
+    overhead = step_overhead(ctx, added)
     static = static_parts(ctx, states) | dict(overhead=overhead.total)
 
     staging = working_bytes(shape, spec.method, 0, ctx.b)
     phases = dict(load=dict.fromkeys(PARTS, 0) | dict(weights=static['weights'] + staging, overhead=overhead.total))
     for name, parts in added.items():
         phases[name] = {part: n + parts.get(part, 0) for part, n in static.items()}
-    if 'collect' in phases: phases['collect']['overhead'] -= overhead.unused_in_collect
+    if 'collect' in phases: phases['collect']['overhead'] -= overhead.used_in_collect
     phases['optimizer step'] = static | dict(gradients=4 * ctx.trained)
 
     peak = max(phases, key=lambda name: sum(phases[name].values()))

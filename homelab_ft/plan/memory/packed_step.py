@@ -11,10 +11,9 @@ import json
 from functools import cache
 from math import prod
 from operator import mul
-from pathlib import Path
 
-from ... import core
-from ...core import ConfigError
+from ...core import ConfigError, package_file
+from ...train.engine.ops.chunk_rules import MAX_LOGITS, chunk_size
 from ...train.engine.ops.checkpoint_policy import POLICIES
 from .spec import EstimateSpec, StepContext
 from .static import sum_bytes
@@ -29,7 +28,7 @@ def known_terms(
 ) -> dict:              # `made`: date and versions; `modes`: name -> terms
     "A data file; both modes of DoRA are in one."
     name = 'dora' if method.startswith('dora') else method
-    return json.loads((Path(core.__file__).parent / 'plan' / 'memory' / f'terms_{name}.json').read_text())
+    return json.loads(package_file(f'plan/memory/terms_{name}.json').read_text())
 
 def mode_name(
     shape,              # the model, a `ModelShape`
@@ -93,9 +92,8 @@ def chunk_for(
     vocab: int,             # entries of the vocabulary
     room: float = 2**63,    # bytes for a micro-batch beside what is there all the time
 ) -> int:                   # a multiple of 128
-    "Label positions of the loss at a time, as `PackedStep.fit_loss_chunk`."
-    logits = int(min(2**27, max(0, room) // 64))
-    return max(128, logits // vocab // 128 * 128)
+    "Label positions of the loss at a time, as `PackedStep.fit_loss`."
+    return chunk_size(vocab, int(min(MAX_LOGITS, max(0, room) // 64)))
 
 # %% ../../../nbs/plan/memory/04_packed_step.ipynb #46ec15ba
 def layer_terms(

@@ -49,7 +49,7 @@ def _packed_layer(linear, config: RunConfig, dtype):
     sizes = linear.in_features, linear.out_features, linear.bias is not None
     if config.method == 'int8': new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, device='meta')
     else: new = bnb.nn.Linear4bit(*sizes, dtype, config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type, device='meta')
-    new.support_avx512bf16_for_cpu = False      # as `quantize._keep_trainable`
+    new.support_avx512bf16_for_cpu = False      # as `base_model.load_base`
     if new.bias is not None: new.bias.data = new.bias.data.to(dtype)      # a file's are in this type
     return new.requires_grad_(False).eval()
 

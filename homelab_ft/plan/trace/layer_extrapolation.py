@@ -8,7 +8,7 @@ __all__ = ['probe_configs', 'extrapolate', 'segments', 'partners', 'phase_peak']
 # %% ../../../nbs/plan/trace/07_layer_extrapolation.ipynb #c0a10004
 from itertools import accumulate
 
-from ..memory.caching_allocator import rounded
+from ..memory.caching_allocator import block_size
 
 # %% ../../../nbs/plan/trace/07_layer_extrapolation.ipynb #b132ec56
 def probe_configs(
@@ -39,7 +39,7 @@ def segments(
     marks = [(0, 0, 'load')] * (not book.marks or book.marks[0][0] > 0) + book.marks
     found, now = [], 0
     for (at, *key), end in zip(marks, [m[0] for m in marks[1:]] + [len(book.events)]):
-        changes = [(rounded(n) if n > 0 else -rounded(-n)) if numbers is None or number in numbers else 0 for n, number in book.events[at:end]]
+        changes = [(block_size(n) if n > 0 else -block_size(-n)) if numbers is None or number in numbers else 0 for n, number in book.events[at:end]]
         found.append((tuple(key), at, changes, now))
         now += sum(changes)
     return found

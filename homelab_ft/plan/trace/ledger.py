@@ -9,7 +9,7 @@ __all__ = ['PARTS', 'Ledger', 'lives', 'highest', 'peaks']
 from bisect import bisect_right
 from dataclasses import dataclass, field
 
-from ..memory.caching_allocator import rounded
+from ..memory.caching_allocator import block_size
 
 # %% ../../../nbs/plan/trace/01_ledger.ipynb #2ccab0a4
 @dataclass
@@ -67,7 +67,7 @@ def lives(
         phase, died = _phase_at(book, born), ends.get(number, len(book.events))
         outlives = died > _next_phase(book, born) or died == len(book.events)
         told = dict(loss='loss', **dict(load='weights', forward='activations') if outlives else {}).get(phase, 'workspaces')
-        found[number] = born, died, rounded(n), book.kinds.get(number, told)
+        found[number] = born, died, block_size(n), book.kinds.get(number, told)
     return found
 
 # %% ../../../nbs/plan/trace/01_ledger.ipynb #1fa98e20
@@ -83,7 +83,7 @@ def highest(
         if now > best.get(key, 0): best[key], found[key] = now, i
     for i, (n, _) in enumerate(book.events):
         for key in marks.get(i, ()): note(i - 1)
-        now += rounded(n) if n > 0 else -rounded(-n)
+        now += block_size(n) if n > 0 else -block_size(-n)
         note(i)
     return found
 

@@ -9,7 +9,7 @@ __all__ = ['PASS', 'on_capture_stream', 'pools_of', 'capture_workspaces', 'pool_
 from itertools import product
 
 from ...core import MiB
-from ..memory.caching_allocator import SMALL, replay, rounded
+from ..memory.caching_allocator import SMALL_SIZE, replay, block_size
 from .layer_extrapolation import phase_peak, segments
 
 # %% ../../../nbs/plan/trace/08_memory_pools.ipynb #763d5ed6
@@ -40,7 +40,7 @@ def pools_of(
 ) -> list:                  # of sets of storages
     "Blocks up to 1 MiB, larger ones, and both once more on the lane."
     lane, born = on_capture_stream(book) if recorded else set(), {number: n for n, number in book.events if n > 0}
-    small = {number for number, n in born.items() if rounded(n) <= SMALL}
+    small = {number for number, n in born.items() if block_size(n) <= SMALL_SIZE}
     return [{number for number in born if (number in lane, number in small) == pool} for pool in product((False, True)[:1 + recorded], (True, False))]
 
 def capture_workspaces(

@@ -154,7 +154,7 @@ def trace(
     scenes = [common | dict(policies=[k for k, n in c.items() for _ in range(n)]) for c in few]
     found = _ask(dict(config=config.model_dump(), scenes=scenes))
     recorded = card != 'cpu' and not table_away and _records(config, counts, found[0]['features'])
-    process = dict(recorded=recorded, held=held * merged_bytes(sizes, config.target_modules), card=card, correction=correction, eight_bits=config.method == 'int8')
+    process = dict(recorded=recorded, held=held * merged_bytes(sizes, config.target_modules), card=card, overhead_offset=correction, int8=config.method == 'int8')
     return _result(found, counts, process, [sum(c.values()) for c in few], began)
 
 # %% ../../../nbs/plan/trace/09_trace.ipynb #41820605
@@ -167,7 +167,7 @@ def _outside(books, counts, compiled, recorded, held, card, **more) -> tuple:
     "Reserved and process bytes. On a processor there is nothing beside tensors."
     few = [pools_of(book, recorded) for book in books]
     reserved = sum(pool_bytes(books, pool, counts) for pool in zip(*few)) + (capture_workspaces(books[0]) if recorded else 0) + held
-    if recorded and more['eight_bits'] and 'none' in counts: reserved += process_constants()['gaps_eight_bits']
+    if recorded and more['int8'] and 'none' in counts: reserved += process_constants()['int8_reserved']
     return reserved, reserved if card == 'cpu' else process_bytes(reserved, counts, recorded, compiled, **more)
 
 # %% ../../../nbs/plan/trace/09_trace.ipynb #78f16c36

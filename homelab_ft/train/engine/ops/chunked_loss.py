@@ -68,7 +68,7 @@ class ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, scale):
         "The saved gradients times `scale`."
-        if ctx.used: raise RuntimeError('one forward pass of the chunked loss allows one backward pass; compute the loss again')
+        if ctx.used: raise RuntimeError('the chunked loss allows one backward pass; compute the loss again')
         ctx.used = True
         hidden_grad, head_grad = ctx.saved_tensors
         if head_grad is not None: head_grad = head_grad.mul_(scale)
@@ -91,10 +91,12 @@ def chunked_loss(
         shapes = f'hidden states {tuple(hidden.shape)} and output head {tuple(weight.shape)}'
         raise ValueError(f'{shapes} should be [n, hidden size] and [vocab, hidden size]')
     if targets.shape != (n,) or weights.shape != (n,):
-        raise ValueError(f'targets {tuple(targets.shape)} and weights {tuple(weights.shape)} should both be ({n},), one per hidden state')
+        shapes = f'targets {tuple(targets.shape)} and weights {tuple(weights.shape)}'
+        raise ValueError(f'{shapes} should both be ({n},), one per hidden state')
     if chunk < 0: raise ValueError(f'chunk={chunk}: give a number of positions, or 0 to choose one')
     if not 0 <= smoothing < 1: raise ValueError(f'smoothing={smoothing}: give at least 0 and below 1')
-    return ChunkedLoss.apply(hidden, weight, targets, weights, chunk or chunk_size(len(weight)), smoothing, math, into)
+    chunk = chunk or chunk_size(len(weight))
+    return ChunkedLoss.apply(hidden, weight, targets, weights, chunk, smoothing, math, into)
 
 # %% ../../../../nbs/train/engine/ops/05_chunked_loss.ipynb #d5ec300e
 def inplace_math(

@@ -107,8 +107,9 @@ def time_kernels(
                     out = batched_attention(*qkv, length, None)
                     torch.autograd.grad(out, qkv, torch.ones_like(out))
             torch.cuda.synchronize()
-        except RuntimeError: continue      # no such kernel for this GPU, these sizes or this type, or no memory for it
-        seconds[kind.name] = min(a.elapsed_time(b) for a, b in zip(marks[1:], marks[2:])) / 1e3      # the first pass warms up
+        except RuntimeError: continue      # no such kernel for this GPU or these sizes, or no memory for it
+        milliseconds = [a.elapsed_time(b) for a, b in zip(marks[1:], marks[2:])]     # the first pass warms up
+        seconds[kind.name] = min(milliseconds) / 1e3
     return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
 # %% ../../../../nbs/train/engine/ops/01_varlen_attention.ipynb #1abd135c
@@ -155,7 +156,8 @@ def attend(
     "What transformers calls in every layer. `ValueError` for arguments that would change the result."
     if cu_seqlens is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
+                                      sliding_window=sliding_window, **kwargs)
     unsupported = [name for name in CHANGES_RESULT if kwargs.get(name) is not None]
     if kwargs.get('dropout'): unsupported.append('dropout')
     if unsupported: raise ValueError(f'attention over packed sequences does not support {", ".join(unsupported)}')
@@ -163,7 +165,8 @@ def attend(
     max_seq_len = max_seq_len or q.shape[0]
     window = sliding_window - 1 if sliding_window and sliding_window < max_seq_len else -1
     if equal_lengths and window < 0: out = batched_attention(q, k, v, max_seq_len, scaling)
-    elif current_port().has_flash_attention(q, v): out = varlen_attention(q, k, v, cu_seqlens, max_seq_len, scaling, window)
+    elif current_port().has_flash_attention(q, v):
+        out = varlen_attention(q, k, v, cu_seqlens, max_seq_len, scaling, window)
     else: out = masked_attention(q, k, v, cu_seqlens, scaling, window)
     return out[None], None
 

@@ -13,7 +13,6 @@ from homelab_ft.data.chat_template import load_tokenizer
 from homelab_ft.data.formats import detect_format
 from homelab_ft.data.preference import PreferencePairs, answer_span
 from homelab_ft.data.prepare import PARTS, load_prepared, prepare
-from homelab_ft.data.split import leaks
 
 
 @pytest.fixture(scope='module')

@@ -19,7 +19,7 @@ from homelab_ft.evaluate.compare import load_evaluation
 from homelab_ft.pipeline import new_run as journey_run, run_pipeline
 from homelab_ft.train import trainer as training
 from homelab_ft.train.lora import adapter_tensors, attach_lora, set_adapter
-from homelab_ft.train.dpo import dpo_loss, pair_logps, preference_engine
+from homelab_ft.train.dpo import dpo_loss, pair_logps, preference_step
 from homelab_ft.train.launcher import start
 from homelab_ft.train.base_model import load_base
 from homelab_ft.train.run_folder import create_run, history, status
@@ -55,7 +55,7 @@ def pairs_of(n, seed=0, talk=False):
 def engine(folder, pairs, dtype='float32', moved=True, **settings):
     config = make_config(**dict(model=folder, objective='dpo', device='cpu', lora_r=4, dpo_beta=0.5) | settings)
     model = attach_lora(load_base(folder, config.method, dtype, 'cpu'), config)
-    steps = preference_engine(model, config, pairs, 'cpu')
+    steps = preference_step(model, config, pairs, 'cpu')
     torch.manual_seed(1)
     if moved: set_adapter(model, {k: torch.randn_like(v) * 0.2 if 'lora_B' in k else v for k, v in adapter_tensors(model).items()})
     return steps
@@ -90,13 +90,13 @@ def test_reference_is_the_base_and_not_the_adapter_as_it_was(folder):
     moved = adapter_tensors(steps.model)
     first = steps.loss(pairs, [0, 1, 2, 3])[1]
     config = make_config(model=folder, objective='dpo', device='cpu', lora_r=4, dpo_beta=0.5)
-    again = preference_engine(steps.model, config, pairs, 'cpu')         # as when a run goes on with a trained adapter
+    again = preference_step(steps.model, config, pairs, 'cpu')         # as when a run goes on with a trained adapter
     assert again.loss(pairs, [0, 1, 2, 3])[1] == pytest.approx(first, rel=1e-5)
     assert all(torch.equal(moved[k], v) for k, v in adapter_tensors(steps.model).items())
 
 
 @pytest.mark.parametrize('k', [1, 2])
-def test_validation_on_a_card_that_is_too_full(folder, k):
+def test_validation_on_a_gpu_that_is_too_full(folder, k):
     pairs = pairs_of(7)
     steps, tried = engine(folder, pairs), []
     loss, seen = steps.mean_loss(pairs, 4)

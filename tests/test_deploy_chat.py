@@ -5,7 +5,7 @@ from homelab_ft.core import DataError, ModelError, RunError
 from homelab_ft.config import make_config
 from homelab_ft.data.chat_template import end_of_turn_ids, load_tokenizer, prompt_ids
 from homelab_ft.deploy.merge import merge
-from homelab_ft.deploy.chat import Chat, _pieces, load_chat
+from homelab_ft.deploy.chat import Chat, decode_pieces, load_chat
 from homelab_ft.evaluate.inference import generate_greedy
 from homelab_ft.train.lora import attach_lora, save_adapter
 from homelab_ft.train.base_model import load_base
@@ -41,11 +41,11 @@ def test_chat_says_what_greedy_decoding_says(run):
 @given(st.text())
 def test_pieces_add_up_to_the_text(text):
     ids = TOK(text, add_special_tokens=False).input_ids
-    assert ''.join(_pieces(ids, TOK)) == TOK.decode(ids, skip_special_tokens=True)
+    assert ''.join(decode_pieces(ids, TOK)) == TOK.decode(ids, skip_special_tokens=True)
 
 def test_an_answer_cut_inside_a_letter_is_still_shown():
     ids = TOK('☕', add_special_tokens=False).input_ids
-    assert ''.join(_pieces(ids[:-1], TOK)) == TOK.decode(ids[:-1]) if len(ids) > 1 else True
+    assert len(ids) > 1 and ''.join(decode_pieces(ids[:-1], TOK)) == TOK.decode(ids[:-1])
 
 def test_the_context_is_a_limit(run):
     chat = load_chat('embedded')
