@@ -20,7 +20,7 @@ ROWS = 2      # packed rows in a step
 STOCK = lambda model: (linear.unfuse(model), {'switched off': 1})[1]
 CASES = {  # name: (options, patches)
     'everything': ({}, []),
-    'no recorded passes': (dict(graph=False), []),
+    'no CUDA graphs': (dict(graph=False), []),
     'no compiled layers': (dict(compile=False), []),
     'neither': (dict(compile=False, graph=False), []),
     'adapters as peft runs them, neither': (dict(compile=False, graph=False), [(linear, 'fuse', STOCK)]),
