@@ -57,7 +57,7 @@ def normalize_name(
     return re.sub(r'nvidia|geforce|rtx|tesla|generation|edition|gpu|[^a-z0-9]', '', str(name).lower())
 
 # %% ../../nbs/hardware/03_gpu_catalog.ipynb #f39ebc8a
-MEMORY_TOLERANCE = 0.1     # GPUs of one name are the same up to this difference of memory: error correction alone takes a sixteenth
+MEMORY_TOLERANCE = 0.1     # GPUs of one name may differ so much in memory: error correction alone takes a sixteenth
 
 class Gpu(Settings):
     "A GPU: all but `id` and `memory_mib` may be missing, which means that it is not known."
@@ -67,7 +67,7 @@ class Gpu(Settings):
     architecture: str | None = None
     compute_capability: str | None = Field(None, pattern=r'^\d+\.\d$')      # CUDA's number for it; quoted in YAML
     memory_mib: int = Field(ge=1024, le=2**22)                              # total as `nvidia-smi` shows it
-    cuda_mib: tuple[int, int] | None = None                                 # of that, for a CUDA program: lowest and highest reading on Linux
+    cuda_mib: tuple[int, int] | None = None                                 # of that, for a CUDA program: lowest and highest reading
     bandwidth_gbs: float | None = Field(None, ge=10, le=10**5)              # 10^9 bytes per second, data sheet
     bf16_tflops: float | None = Field(None, ge=1, le=10**5)                 # dense, float32 accumulation, at the data sheet's clock
     bf16_kind: Literal['stated', 'computed', 'measured'] | None = None      # where that rate is from

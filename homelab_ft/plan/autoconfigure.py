@@ -258,7 +258,7 @@ def autoconfigure(
     where=None,               # bytes of memory, a `Gpu`, or the name of one; None: this machine's GPU
     overhead_offset: int = 0, # bytes that this GPU takes beyond the usual, from `overhead_offset_for`
 ) -> tuple:                   # (the settings, the `Choice` that they come from; None if nothing was chosen)
-    "Settings that fit, as given or else chosen; with nothing that fits, the least that a run could take; `ModelError` for a mixture of experts."
+    "Settings that fit, as given or else chosen; if nothing fits, the least that a run could take."
     if where is None:
         target = this_machine()
         where = target.limit if target.device == 'cuda' else 0
