@@ -7,7 +7,7 @@ __all__ = ['DryRunSpec', 'DryRunPort', 'third_party_patches', 'trace_phases', 't
            'make_optimizer', 'padded_reason', 'make_packed_step', 'make_step', 'make_context', 'dry_run', 'result',
            'serve', 'import_everything', 'main']
 
-# %% ../../../nbs/plan/trace/06_dry_run.ipynb #7a807e4b
+# %% ../../../nbs/plan/trace/06_dry_run.ipynb #7b693303
 import gc
 if __name__ == '__main__' and '__file__' in globals(): gc.disable()    # a notebook is `__main__` too, but has no file
 
@@ -29,6 +29,7 @@ from ...config import RunConfig, make_config
 from ...train import trainer
 from ...train.base_model import quiet_libraries
 from ...train.engine import packed, packing, padded
+from ...train.engine.autotune import needs_packing
 from ...train.engine.features import Feature, features_json
 from ...train.engine.full import full_step
 from ...train.engine.memory_budget import StepOptions
@@ -209,7 +210,7 @@ def padded_reason(
     arch: str,              # cpu: batches are padded unless asked otherwise
 ) -> str:                   # empty: sequences are packed
     "Why a run pads its batches; `ConfigError` if it asks for packed sequences nevertheless."
-    requested = any(x is True for x in (config.packing, config.padding_free, config.cuda_graph, config.torch_compile))
+    requested = needs_packing(config)
     if config.method == 'full': reason = 'full fine-tuning'
     else: reason = padded.unsupported_reason(model) or unsupported_attention(padded.unwrap_peft(model))
     if requested and reason:
@@ -265,7 +266,7 @@ def make_step(
     reason, checkpointing = padded_reason(model, config, spec.arch), spec.policies[0] == 'layer'
     tracer.count_cublas_workspaces(config.method == 'full' or not reason or spec.after_failed_packing)
     smoothing = config.label_smoothing_factor
-    if config.method == 'full': return full_step(model, checkpointing, smoothing, lean=spec.arch != 'cpu')
+    if config.method == 'full': return full_step(model, checkpointing, smoothing, chunked_loss=spec.arch != 'cpu')
     if reason: return padded.PaddedStep(model, reason, checkpointing, smoothing)
     return make_packed_step(tracer, model, config, spec)
 
@@ -344,5 +345,5 @@ def main():
     gc.enable()
     print(json.dumps(serve(json.load(sys.stdin), fork=True)))
 
-# %% ../../../nbs/plan/trace/06_dry_run.ipynb #a7cf90db
+# %% ../../../nbs/plan/trace/06_dry_run.ipynb #84e676df
 if __name__ == '__main__' and '__file__' in globals(): main()
