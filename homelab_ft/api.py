@@ -69,14 +69,15 @@ def plan(
     from homelab_ft.plan.memory.estimate import estimate_for
     from homelab_ft.plan.memory.overhead import overhead_offset_for
     from homelab_ft.plan.model_shape import model_shape
-    from homelab_ft.plan.summary import planned_card
+    from homelab_ft.plan.search import plan_target
     config = load_config(model=model, **settings)
-    name, limit, device, *_ = planned_card(gpu, gib)
-    if config.device == 'auto': config.device = device
-    offset = overhead_offset_for(name)
+    target = plan_target(gpu, gib)
+    limit = target.limit
+    if config.device == 'auto': config.device = target.device
+    offset = overhead_offset_for(target.name)
     config, choice = autoconfigure(config, None, limit, offset)
     estimate = estimate_for(config, model_shape(config.model), limit_bytes=limit, overhead_offset=offset)
-    return Plan(config, name, limit, estimate, choice)
+    return Plan(config, target.name, limit, estimate, choice)
 
 # %% ../nbs/07_api.ipynb #14d28d80
 def prepare(

@@ -88,11 +88,13 @@ def print_fit(
     gpu,                 # the `Gpu`, or bytes
 ) -> int:                # exit code
     "Settings that fit, ranked."
-    from homelab_ft.plan.autoconfigure import OF_ESTIMATE, choices_table, fit
+    from homelab_ft.plan.autoconfigure import choices_table, find_settings, make_search
+    from homelab_ft.plan.memory.spec import EstimateSpec
     from homelab_ft.plan.model_shape import model_shape
-    given = {name: getattr(config, name) for name in ('packing', *OF_ESTIMATE) if name in config.model_fields_set}
+    names = {'packing', *EstimateSpec.__dataclass_fields__} - {'gradient_accumulation_steps'}
+    given = {name: getattr(config, name) for name in names & config.model_fields_set}
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    choices = fit(gpu, model_shape(config.model), config.max_length, batch, **given)
+    choices = find_settings(make_search(gpu, model_shape(config.model), config.max_length, batch, **given))
     print(choices_table(choices) if choices else 'Nothing fits: take a smaller model, or set fewer settings.')
     return 0 if choices else 3
 
@@ -112,12 +114,14 @@ def plan(
     from homelab_ft.plan.memory.estimate import estimate_for
     from homelab_ft.plan.memory.overhead import overhead_offset_for
     from homelab_ft.plan.model_shape import model_shape
-    from homelab_ft.plan.summary import plan_json, plan_text, planned_card
+    from homelab_ft.plan.search import plan_target
+    from homelab_ft.plan.summary import plan_json, plan_text
     config = read_settings(args)
-    name, limit, device, about, gpu = planned_card(args.gpu, args.gib)
-    if config.device == 'auto': config.device = device
-    if args.fit: return print_fit(config, gpu or limit)
-    offset = overhead_offset_for(name)
+    target = plan_target(args.gpu, args.gib)
+    limit, about = target.limit, list(target.facts)
+    if config.device == 'auto': config.device = target.device
+    if args.fit: return print_fit(config, target.gpu or limit)
+    offset = overhead_offset_for(target.name)
     config, choice = autoconfigure(config, None, limit, offset)
     if args.probe: return run_probe(config)
     if offset: about.append(f'Corrected by a probe of this GPU: {offset / 2**20:+.0f} MiB.')
@@ -125,7 +129,7 @@ def plan(
     est = estimate_for(config, model_shape(config.model), limit_bytes=limit, overhead_offset=offset)
     padded_dora = config.use_dora and est.step == 'padded' and not args.json
     if args.trace or padded_dora: return print_trace(config, limit, about, offset)
-    if args.json: print(plan_json(config, name, limit, est))
+    if args.json: print(plan_json(config, target.name, limit, est))
     else: print(*about, plan_text(est, limit), sep='\n\n')
     if args.pilot:
         from homelab_ft.pipeline import project_from_first_steps

@@ -192,7 +192,7 @@ def test_plan_on_a_card_shows_what_it_does_now(monkeypatch, capsys):
     assert '81 °C' in capsys.readouterr().out
     main(['plan', '--json'])
     answer = json.loads(capsys.readouterr().out)
-    assert answer['card'] == 'Card' and answer['limit_bytes'] == 15942 * 2**20
+    assert answer['gpu'] == 'Card' and answer['limit_bytes'] == 15942 * 2**20
 
 
 def test_plan_names_settings_that_fit(here, capsys):

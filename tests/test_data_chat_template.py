@@ -11,7 +11,7 @@ from homelab_ft.data.chat_template import Encoded, check_template, encode, end_o
 
 SHARED = Path(__file__).resolve().parents[2] / 'shared' / 'data'
 needs_shared = pytest.mark.skipif(not (SHARED / 'chat_templates').is_dir(), reason='needs the real templates and tokenizers in ../shared/data')
-quick = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 # -- real tokenizers, built from their published files -------------------------------------------------------------------------------------
@@ -123,6 +123,14 @@ def real(name, file):
     return tokenizer(name, (SHARED / 'chat_templates' / f'{file}.jinja').read_text(encoding='utf-8'), bos, eos, special)
 
 
+PAIRS = [(name, file) for file in TEMPLATES for name in ('gpt2', 'mistral')]
+PAIRS += [('llama3', file) for file in TEMPLATES if 'Llama' in file or 'Qwen3' in file]
+REPRESENTATIVE = [('gpt2', 'Qwen-Qwen3-0.6B'), ('mistral', 'google-gemma-2-2b-it'), ('llama3', 'meta-llama-Llama-3.1-8B-Instruct')]
+
+
+def mostly_slow(cases, ordinary): return [case if case in ordinary else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
 words = st.text(st.sampled_from(list('abcXYZ019 .,!?\n\t<>|/[]{}éß語🙂')), max_size=30)
 
 
@@ -169,7 +177,7 @@ def expected_stretches(talk, file):
 
 
 @needs_shared
-@pytest.mark.parametrize('name, file', [(n, f) for f in TEMPLATES for n in ('gpt2', 'mistral')] + [('llama3', f) for f in TEMPLATES if 'Llama' in f or 'Qwen3' in f])
+@pytest.mark.parametrize('name, file', mostly_slow(PAIRS, REPRESENTATIVE))
 @quick
 @given(data=st.data())
 def test_loss_covers_the_answers_and_nothing_else(name, file, data):
@@ -180,7 +188,7 @@ def test_loss_covers_the_answers_and_nothing_else(name, file, data):
 
 
 @needs_shared
-@pytest.mark.parametrize('file', TEMPLATES)
+@pytest.mark.parametrize('file', ['Qwen-Qwen2.5-7B-Instruct', *(pytest.param(f, marks=pytest.mark.slow) for f in TEMPLATES if 'Qwen2.5' not in f)])
 @quick
 @given(talk=conversations(system=False))
 def test_a_tokenizer_that_puts_spaces_everywhere(file, talk):
@@ -298,7 +306,7 @@ def test_conversations_without_an_answer(roles):
     with pytest.raises(DataError, match='ends with an answer'): encode([{'role': r, 'content': 'x'} for r in roles], load_tokenizer('embedded'))
 
 
-def test_marked_shows_what_carries_loss():
+def test_show_loss_mask_brackets_the_tokens_with_loss():
     tok = load_tokenizer('embedded')
     ids = tok('ab cd', add_special_tokens=False).input_ids
     assert show_loss_mask(Encoded(ids, [0] * len(ids)), tok) == 'ab cd'

@@ -13,15 +13,10 @@ def latency(monkeypatch):
     return latency
 
 
-def test_no_part_of_the_plan_loads_what_takes_seconds(latency):
-    found = latency.in_new_process(f'import importlib, json, sys; [importlib.import_module(m) for m in {latency.MODULES}]; print(json.dumps([m for m in {latency.HEAVY} if m in sys.modules]))')
-    assert found == [] and {'homelab_ft.plan.memory.estimate', 'homelab_ft.plan.trace.trace', 'homelab_ft.plan.autoconfigure'} <= set(latency.MODULES)
-
-
-def test_what_comes_along_is_seen(latency):
+def test_a_heavy_import_is_seen(latency):
     assert latency.imported('homelab_ft.train.engine.ops.chunked_loss')[1] == ['torch']
     seen = latency.row('import x', [1.], 'ms', loaded=['torch'])
-    assert not seen['kept'] and 'loads torch' in str(latency.table([seen]))
+    assert not seen['within_limit'] and 'loads torch' in str(latency.table([seen]))
 
 
 @pytest.mark.parametrize('model', ['Llama-3.2-1B', 'Llama-3.1-70B'])
@@ -31,9 +26,9 @@ def test_every_estimate_is_quick(latency, model):
 
 
 @pytest.mark.parametrize('worst, rc', [(1.9, 0), (2.1, 1)])
-def test_a_limit_that_is_not_kept_ends_in_an_error(latency, monkeypatch, tmp_path, capsys, worst, rc):
+def test_an_exceeded_limit_ends_in_an_error(latency, monkeypatch, tmp_path, capsys, worst, rc):
     monkeypatch.setattr(latency, 'HERE', tmp_path)
     monkeypatch.setattr(latency, 'quick_rows', lambda repeats: [latency.row('estimate', [0.1, worst], 'ms', 2), latency.row('no limit', [99.], 's')])
     monkeypatch.setattr(latency, 'trace_rows', lambda: [])
     assert latency.main('1') == rc and (tmp_path / 'latency.json').exists()
-    assert ('NOT KEPT' in capsys.readouterr().out) == bool(rc)
+    assert ('EXCEEDED' in capsys.readouterr().out) == bool(rc)

@@ -1,13 +1,13 @@
-"""How long plans take, beside the limits that hold for them: python latency.py [repeats]. Prints a table, writes latency.json; exit code 1 if a limit is not kept.
+"""How long plans take, beside their limits: python latency.py [repeats]. Prints a table, writes latency.json; exit code 1 if a limit is exceeded.
 
-- Imports: every module of `homelab_ft.plan` in an interpreter of its own, and what it must not load: torch and others that take seconds.
-- The closed form: `estimate` and `estimate_with_checkpointing` for many settings; of each the fastest of `repeats` calls, since other work on the machine only ever adds time.
+- Imports: every module of `homelab_ft.plan` but the tracers, in an interpreter of its own, and what it must not load: torch and others that take seconds.
+- The estimate: `estimate` and `estimate_with_checkpointing` for many settings; of each the fastest of `repeats` calls, since other work on the machine only ever adds time.
   The first call of all reads the data file; it stands by itself and has no limit.
 - The widget: every position of every control, from the change to the new picture.
-- The trace: 8B and 70B at two lengths, three times, each in an interpreter of its own, with the processor time it took and the largest memory of the process that rehearses. The limit
-  is for the one in the middle; the worst is told. Three policies of recomputation need more rehearsals than one; that row has no limit.
+- The trace: 8B and 70B at two lengths, three times, each in an interpreter of its own, with the processor time it took and the largest memory of the process of the dry run. The limit
+  is for the median; the worst is reported. Three checkpoint policies need more dry runs than one; that row has no limit.
 
-Times are those of the machine that is named in the result, which should have nothing else to do.
+Times are those of the machine that the result names, which should be idle.
 """
 import json, pkgutil, resource, subprocess, sys, time
 from itertools import product
@@ -21,13 +21,14 @@ from homelab_ft.table import Table
 from homelab_ft.io import now, write_json
 from homelab_ft.hardware.machine import detect_machine
 from homelab_ft.plan.model_shape import model_shape
-from homelab_ft.plan.memory.estimate import estimate, estimate_with_checkpointing
+from homelab_ft.plan.memory.estimate import EstimateSpec, estimate, estimate_with_checkpointing
 
 HERE = Path(__file__).resolve().parent
 HEAVY = ('torch', 'transformers', 'peft', 'bitsandbytes', 'datasets', 'matplotlib')
-MODULES = ['homelab_ft', *(f'homelab_ft.plan.{m.name}' for m in pkgutil.iter_modules(plan.__path__))]
+TRACERS = ('probe', 'ledger', 'fake_model', 'random_model', 'memory_tracer', 'inductor_memory', 'dry_run', 'torch_internals')     # run in a process of their own
+MODULES = ['homelab_ft', *(m.name for m in pkgutil.walk_packages(plan.__path__, 'homelab_ft.plan.') if m.name.split('.')[-1] not in TRACERS)]
 MODELS = ('Llama-3.2-1B', 'Llama-3.1-8B', 'Llama-3.1-70B')
-WISHES = dict(method=('lora', 'qlora', 'full'), length=(512, 2048, 16384), batch_size=(1, 8), gradient_checkpointing=(False, True), padding_free=('auto', False))
+SETTINGS = dict(method=('lora', 'qlora', 'full'), length=(512, 2048, 16384), batch_size=(1, 8), gradient_checkpointing=(False, True), padding_free=('auto', False))
 TRACES = [(model, length, seconds, None) for model, seconds in (('Llama-3.1-8B', 10), ('Llama-3.1-70B', 20)) for length in (2048, 16384)]
 TRACES += [('Llama-3.1-8B', 2048, None, dict(none=10, mlp=12, layer=10))]
 CALL_MS, REDRAW_MS, TRACE_BYTES = 2, 50, 4 * GB
@@ -41,7 +42,7 @@ def in_new_process(code):
 
 
 def imported(module):
-    "(seconds, which of HEAVY came along) of an import in a new interpreter."
+    "(seconds, which of HEAVY were loaded) of an import in a new interpreter."
     return in_new_process(f'import json, sys, time; t = time.perf_counter(); import {module}; t = time.perf_counter() - t; '
                           f'print(json.dumps([t, [m for m in {HEAVY} if m in sys.modules]]))')
 
@@ -63,18 +64,18 @@ def fastest(call, repeats):
 
 
 def estimates(model, repeats):
-    "Milliseconds of an estimate, for every combination of WISHES."
+    "Milliseconds of an estimate, for every combination of SETTINGS."
     shape = model_shape(model)
     estimate(shape)
-    asked = [dict(zip(WISHES, values)) for values in product(*WISHES.values())]
-    return [fastest(lambda: estimate(shape, **wishes), repeats) for wishes in asked]
+    specs = [EstimateSpec(**dict(zip(SETTINGS, values))) for values in product(*SETTINGS.values())]
+    return [fastest(lambda: estimate(shape, spec), repeats) for spec in specs]
 
 
 def fits(model, repeats):
-    "Milliseconds of choosing what the layers keep, for cards of 8 to 80 GiB."
+    "Milliseconds of choosing checkpoint policies, for GPUs of 8 to 80 GiB."
     shape = model_shape(model)
-    asked = product((8, 12, 16, 24, 48, 80), ('lora', 'qlora'), (1, 8), (2048, 16384))
-    return [fastest(lambda: estimate_with_checkpointing(shape, gib * 2**30, method=method, batch_size=n, length=length), repeats) for gib, method, n, length in asked]
+    cases = product((8, 12, 16, 24, 48, 80), ('lora', 'qlora'), (1, 8), (2048, 16384))
+    return [fastest(lambda: estimate_with_checkpointing(shape, gib * 2**30, method=method, batch_size=n, length=length), repeats) for gib, method, n, length in cases]
 
 
 def redraws(repeats):
@@ -94,7 +95,7 @@ def redraws(repeats):
 
 
 def traced(model, length, policies=None):
-    "{seconds, processor seconds, most bytes of the process that rehearsed} of a trace of one row in 4 bits; in an interpreter that traces nothing else."
+    "{seconds, processor seconds, most bytes of the dry run} of a trace of one sequence in 4 bits; in an interpreter that traces nothing else."
     from homelab_ft.plan.trace.trace import trace
     began = time.perf_counter()
     trace(make_config(model=model, method='qlora', max_length=length, per_device_train_batch_size=1), policies)
@@ -107,20 +108,21 @@ def trace_rows():
     for model, length, seconds, policies in TRACES:
         code = f'import json, sys; sys.path.insert(0, {str(HERE)!r}); import latency; print(json.dumps(latency.traced({model!r}, {length}, {policies})))'
         found = [in_new_process(code) for _ in range(3)]
-        name, told = f'trace {model}, {length:,} tokens' + f', {len(policies or ())} policies' * bool(policies), lambda key: [f[key] for f in found]
-        yield row(name, told('seconds'), 's', seconds, of=median)
-        yield row(f'{name}: processor time', told('busy'), 's')
-        yield row(f'{name}: memory', [n / GB for n in told('bytes')], 'GB', TRACE_BYTES / GB)
+        name = f'trace {model}, {length:,} tokens' + f', {len(policies or ())} policies' * bool(policies)
+        def values(key): return [f[key] for f in found]
+        yield row(name, values('seconds'), 's', seconds, of=median)
+        yield row(f'{name}: processor time', values('busy'), 's')
+        yield row(f'{name}: memory', [n / GB for n in values('bytes')], 'GB', TRACE_BYTES / GB)
 
 
 def row(what, values, unit, limit=None, loaded=(), of=max):
-    "One line of the result; the limit is for the largest value, or for what `of` makes of them, and what was loaded that must not be breaks any."
-    kept = not loaded and (limit is None or of(values) <= limit)
-    return dict(what=what, number=len(values), median=round(median(values), 4), worst=round(max(values), 4), unit=unit, limit=limit, loaded=sorted(loaded), kept=kept)
+    "One line of the result; the limit is for the largest value, or for what `of` makes of them; a heavy import exceeds any."
+    within_limit = not loaded and (limit is None or of(values) <= limit)
+    return dict(what=what, number=len(values), median=round(median(values), 4), worst=round(max(values), 4), unit=unit, limit=limit, loaded=sorted(loaded), within_limit=within_limit)
 
 
 def import_row(module, repeats):
-    "An import, whose limit is what comes along."
+    "An import, and the heavy modules that it loads."
     found = [imported(module) for _ in range(repeats)]
     return row(f'import {module}', [1000 * seconds for seconds, _ in found], 'ms', loaded={m for _, heavy in found for m in heavy})
 
@@ -135,10 +137,12 @@ def quick_rows(repeats):
 
 
 def table(rows):
-    "Every row with its limit and whether it is kept."
-    said = lambda r: ('loads ' + ', '.join(r['loaded']) if r['loaded'] else 'kept' if r['kept'] else 'NOT KEPT') if r['limit'] or r['what'].startswith('import') else ''
-    limit = lambda r: f"{r['limit']:g} {r['unit']}" if r['limit'] else 'nothing heavy' if r['what'].startswith('import') else ''
-    return Table(['what', 'number', 'median', 'worst', 'unit', 'limit', ''], [[r['what'], r['number'], f"{r['median']:.2f}", f"{r['worst']:.2f}", r['unit'], limit(r), said(r)] for r in rows])
+    "Every row with its limit and whether it is exceeded."
+    def limit(r): return f"{r['limit']:g} {r['unit']}" if r['limit'] else 'nothing heavy' if r['what'].startswith('import') else ''
+    def result(r):
+        if r['loaded']: return 'loads ' + ', '.join(r['loaded'])
+        return '' if not limit(r) else 'ok' if r['within_limit'] else 'EXCEEDED'
+    return Table(['what', 'number', 'median', 'worst', 'unit', 'limit', ''], [[r['what'], r['number'], f"{r['median']:.2f}", f"{r['worst']:.2f}", r['unit'], limit(r), result(r)] for r in rows])
 
 
 def main(repeats='5'):
@@ -147,7 +151,7 @@ def main(repeats='5'):
     versions = in_new_process('import json; from homelab_ft.train.run_folder import versions; print(json.dumps(versions()))')
     write_json(HERE / 'latency.json', dict(date=now()[:10], machine=f'{machine.cpu_name}, {machine.cpu_count} cores', versions=versions, command=f'python latency.py {repeats}', rows=rows))
     print(table(rows))
-    return not all(r['kept'] for r in rows)
+    return not all(r['within_limit'] for r in rows)
 
 
 if __name__ == '__main__': sys.exit(main(*sys.argv[1:]))

@@ -16,8 +16,9 @@ from html.entities import html5
 from fastcore.basics import groupby
 
 from ..core import DataError, Example
+from .load import first_rows
 from .dedup import near_duplicate_groups, normalise
-from ..table import Table, table_html, table_markdown
+from ..table import Table
 
 # %% ../../nbs/data/03_clean.ipynb #647ec063
 def fix_mojibake(
@@ -68,8 +69,11 @@ def is_about_code(
     example: Example,
 ) -> bool:
     "True if tags may belong to the content."
-    texts = [m['content'] for m in example.messages]
-    return any(page.search(text) or code_word.search(re.sub(r'<[^<>]*>', '', text)) for text in texts)
+    for message in example.messages:
+        text = message['content']
+        outside_tags = re.sub(r'<[^<>]*>', '', text)
+        if page.search(text) or code_word.search(outside_tags): return True
+    return False
 
 # %% ../../nbs/data/03_clean.ipynb #f6c43814
 def repair_example(
@@ -91,7 +95,8 @@ def is_blank(
     if not example.answer.strip(): return True
     if example.rejected is not None and not example.rejected.strip(): return True
     if example.messages[0]['role'] == 'text': return False
-    return not any(m['content'].strip() for m in example.messages[:-1] if m['role'] != 'system')
+    asked = [m['content'] for m in example.messages[:-1] if m['role'] != 'system']
+    return not ''.join(asked).strip()
 
 # %% ../../nbs/data/03_clean.ipynb #f0a546f6
 def conflicting_labels(
@@ -129,8 +134,11 @@ def opposite_judgements(
     examples: list,  # preference `Example`s
 ) -> list:           # those to drop
     "Examples whose judgement another row contradicts."
-    judged = {(normalise(e.prompt), e.answer.strip(), e.rejected.strip()) for e in examples}
-    return [e for e in examples if (normalise(e.prompt), e.rejected.strip(), e.answer.strip()) in judged]
+    def judgement(prompt, better, worse):
+        "What must not be the same for two rows."
+        return normalise(prompt), better.strip(), worse.strip()
+    judged = {judgement(e.prompt, e.answer, e.rejected) for e in examples}
+    return [e for e in examples if judgement(e.prompt, e.rejected, e.answer) in judged]
 
 # %% ../../nbs/data/03_clean.ipynb #18c5f8fc
 @dataclass
@@ -152,7 +160,7 @@ class CleaningReport:
     rows_in: int                                  # examples given
     rows_out: int = 0                             # examples that remain
     findings: list = field(default_factory=list)  # `Finding`s
-    groups: list = field(default_factory=list)    # for every remaining example the number of its group
+    groups: dict = field(default_factory=dict)    # row -> near-duplicate group, of the examples that remain
 
     def rows(self, kind: str) -> list:
         "Row numbers of one kind of noise."
@@ -162,14 +170,13 @@ class CleaningReport:
         "The report as a table, with the first rows of each kind."
         lines = []
         for finding in self.findings:
-            some = ', '.join(map(str, finding.rows[:5])) + ', ...' * (finding.count > 5)
-            lines.append([finding.kind.replace('_', ' '), finding.count, finding.action, some])
+            kind = finding.kind.replace('_', ' ')
+            lines.append([kind, finding.count, finding.action, first_rows(finding.rows)])
         headers = ['found', 'rows', 'action', 'for example rows']
         return Table(headers, lines, f'Cleaning: {self.rows_in} rows in, {self.rows_out} out')
 
     def __repr__(self): return str(self.table())
-    def _repr_html_(self): return table_html(self.table())
-    def _repr_markdown_(self): return table_markdown(self.table())
+    def _repr_html_(self): return self.table()._repr_html_()
 
 # %% ../../nbs/data/03_clean.ipynb #d7aaa665
 def clean(
@@ -198,11 +205,15 @@ def clean(
         dropped = {id(e): e.row for e in find(examples)}
         report.findings.append(Finding(kind, action, sorted(dropped.values())))
         examples = [e for e in examples if id(e) not in dropped]
-    report.rows_out, report.groups = len(examples), near_duplicate_groups([e.prompt for e in examples])
-    sizes = Counter(report.groups)
-    alike = [e.row for e, group in zip(examples, report.groups) if sizes[group] > 1]
+    report.rows_out = len(examples)
+    groups = near_duplicate_groups([e.prompt for e in examples])
+    report.groups = dict(zip([e.row for e in examples], groups))
+    sizes = Counter(groups)
+    alike = [row for row, group in report.groups.items() if sizes[group] > 1]
     report.findings.append(Finding('near_duplicate', 'kept together in the split', alike))
     if examples: return examples, report
-    counts = ', '.join(f'{f.count} {f.kind}' for f in report.findings if f.rows)
-    step = 'check the columns and the dataset format'
-    raise DataError('no example is left after cleaning', value=counts, next_step=step)
+    raise DataError(
+        'no example is left after cleaning',
+        value=', '.join(f'{f.count} {f.kind}' for f in report.findings if f.rows),
+        next_step='check the columns and the dataset format',
+    )

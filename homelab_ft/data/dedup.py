@@ -28,7 +28,8 @@ def shingles(
 ) -> set:            # strings
     "All pieces of five characters; a shorter text is padded with spaces."
     text = text.ljust(SHINGLE_LENGTH)
-    return {text[i:i + SHINGLE_LENGTH] for i in range(len(text) - SHINGLE_LENGTH + 1)}
+    starts = range(len(text) - SHINGLE_LENGTH + 1)
+    return {text[i:i + SHINGLE_LENGTH] for i in starts}
 
 # %% ../../nbs/data/04_dedup.ipynb #d87c8925
 def jaccard(
@@ -57,7 +58,8 @@ def signatures(
 ) -> np.ndarray:     # uint32[texts, NUM_PERM]
     "The MinHash signature of every set; the same sets always give the same signatures."
     from rensa import RMinHash
-    return np.array(RMinHash.digests_from_token_sets(sets, NUM_PERM, 42), np.uint32).reshape(-1, NUM_PERM)
+    digests = RMinHash.digests_from_token_sets(sets, NUM_PERM, 42)
+    return np.array(digests, np.uint32).reshape(-1, NUM_PERM)
 
 # %% ../../nbs/data/04_dedup.ipynb #ad268ee0
 def candidate_pairs(
@@ -104,5 +106,6 @@ def near_duplicate_groups(
     distinct = list(sets)
     for i, j in candidate_pairs(signatures(list(sets.values()))):
         a, b = distinct[i], distinct[j]
-        if jaccard(sets[a], sets[b]) >= threshold: pairs.append((first[a], first[b]))
+        if jaccard(sets[a], sets[b]) < threshold: continue
+        pairs.append((first[a], first[b]))
     return connected(len(texts), pairs)

@@ -55,7 +55,8 @@ class PreferencePairs:
         rejected, rejected_mask = self.rejected.row(i)
         begin, end = answer_span(chosen_mask)
         rejected_end = answer_span(rejected_mask)[1]
-        return chosen[:begin].tolist(), chosen[begin:end].tolist(), rejected[begin:rejected_end].tolist()
+        parts = chosen[:begin], chosen[begin:end], rejected[begin:rejected_end]
+        return tuple(part.tolist() for part in parts)
 
 # %% ../../nbs/data/08_preference.ipynb #b1a1c0d6
 def is_usable_pair(
@@ -75,16 +76,13 @@ def join_reports(
     unusable: list,          # file rows of pairs that teach nothing after the cut
 ) -> TokenReport:
     "One report on both answers."
-    truncated = {*chosen.truncated, *rejected.truncated} & set(pairs.chosen.rows.tolist())
+    truncated = {*chosen.truncated, *rejected.truncated}
     return TokenReport(
         rows_in=chosen.rows_in,
-        rows_out=len(pairs),
-        tokens=int(pairs.lengths.sum()),
-        loss_tokens=pairs.chosen.loss_tokens + pairs.rejected.loss_tokens,
-        max_seq_len=int(max(*pairs.chosen.lengths, *pairs.rejected.lengths)),
+        caches=[pairs.chosen, pairs.rejected],
         control=sorted({*chosen.control, *rejected.control}),
         too_long=sorted({*chosen.too_long, *rejected.too_long, *unusable}),
-        truncated=sorted(truncated),
+        truncated=sorted(truncated & set(pairs.chosen.rows)),
     )
 
 # %% ../../nbs/data/08_preference.ipynb #612c7ff0
@@ -95,22 +93,32 @@ def tokenize_pairs(
     overlong_rows: str,  # 'error', 'drop' or 'truncate'
 ) -> Tokenized:          # with `rejected`
     "Tokenize both answers; `DataError` as from `tokenize_examples`, or if no pair is left."
-    others = [replace(e, messages=[*e.messages[:-1], dict(role='assistant', content=e.rejected)]) for e in examples]
+    with_rejected = []
+    for example in examples:
+        answer = dict(role='assistant', content=example.rejected)
+        with_rejected.append(replace(example, messages=[*example.messages[:-1], answer]))
     chosen = tokenize_examples(examples, tok, max_length, overlong_rows)
-    with error_prefix('rejected answers'): rejected = tokenize_examples(others, tok, max_length, overlong_rows)
-    place = {position: i for i, position in enumerate(rejected.positions)}
-    both = [(position, i, place[position]) for i, position in enumerate(chosen.positions) if position in place]
-    usable = [(p, i, j) for p, i, j in both if is_usable_pair(chosen.cache.row(i), rejected.cache.row(j))]
-    if not usable:
-        step = 'raise max_length, or look at the data'
-        raise DataError('no pair is left to train or test on', value=f'{len(examples)} pairs', next_step=step)
+    with error_prefix('rejected answers'):
+        rejected = tokenize_examples(with_rejected, tok, max_length, overlong_rows)
+    chosen_place = {position: i for i, position in enumerate(chosen.positions)}
+    rejected_place = {position: i for i, position in enumerate(rejected.positions)}
+    positions, unusable = [], []
+    for position in sorted(chosen_place.keys() & rejected_place.keys()):
+        sequences = chosen.cache.row(chosen_place[position]), rejected.cache.row(rejected_place[position])
+        if is_usable_pair(*sequences): positions.append(position)
+        else: unusable.append(examples[position].row)
+    if not positions:
+        raise DataError(
+            'no pair is left to train or test on',
+            value=f'{len(examples)} pairs',
+            next_step='raise max_length, or look at the data',
+        )
     pairs = PreferencePairs(
-        chosen=select(chosen.cache, [i for _, i, _ in usable]),
-        rejected=select(rejected.cache, [j for _, _, j in usable]),
+        chosen=select(chosen.cache, [chosen_place[p] for p in positions]),
+        rejected=select(rejected.cache, [rejected_place[p] for p in positions]),
     )
-    unusable = [examples[p].row for p, _, _ in set(both) - set(usable)]
     report = join_reports(chosen.report, rejected.report, pairs, unusable)
-    return Tokenized(pairs.chosen, [p for p, _, _ in usable], report, pairs.rejected)
+    return Tokenized(pairs.chosen, positions, report, pairs.rejected)
 
 # %% ../../nbs/data/08_preference.ipynb #1a5c3d67
 @dataclass
@@ -123,7 +131,8 @@ class Answers:
     @property
     def lengths(self) -> np.ndarray:
         "Tokens up to the end of each answer, int64[n]."
-        return np.array([answer_span(self.cache.row(i)[1])[1] for i in range(len(self))], np.int64)
+        masks = (self.cache.row(i)[1] for i in range(len(self)))
+        return np.array([answer_span(mask)[1] for mask in masks], np.int64)
 
     def row(self,
         i: int,                 # position, from 0

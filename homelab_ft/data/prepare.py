@@ -19,7 +19,7 @@ from .dedup import normalise
 from .formats import DatasetFormat, columns_of, detect_format, to_examples
 from .load import error_prefix, load_rows, source_fingerprint
 from .preference import check_objective, tokenize_pairs
-from .split import check_labels, groups_of, split, split_half
+from .split import check_labels, split, split_half
 from .tokenize import TokenCache, Tokenized, load_cache, save_cache, select, tokenize_examples, tokenizer_fingerprint
 from ..io import file_fingerprint, fingerprint, read_jsonl, write_atomic, write_json
 from ..table import Table, table_html, table_markdown
@@ -57,10 +57,10 @@ class Prepared:
 # %% ../../nbs/data/09_prepare.ipynb #7150380f
 @dataclass
 class Source:
-    "A file as clean, tokenized examples; `groups[i]`, `examples[i]` and sequence `i` of the caches belong together."
+    "A file as clean, tokenized examples; `examples[i]` and sequence `i` of the caches belong together."
     dataset_format: DatasetFormat
     examples: list            # `Example`s
-    groups: list              # the near-duplicate group of each
+    groups: dict              # row -> near-duplicate group
     tokenized: Tokenized
     n_rows: int               # in the file
     cleaning: CleaningReport
@@ -79,9 +79,12 @@ def read_source(
     columns = columns_of(rows)
     missing = [c for c in dataset_format.columns if c not in columns]
     if missing:
-        allowed = ', '.join(dataset_format.columns)
-        step = 'give both files the same columns'
-        raise DataError('columns of data are missing', value=', '.join(missing), allowed=allowed, next_step=step)
+        raise DataError(
+            'columns of data are missing',
+            value=', '.join(missing),
+            allowed=', '.join(dataset_format.columns),
+            next_step='give both files the same columns',
+        )
     check_objective(config, dataset_format.kind)
     if dataset_format.kind != 'text': check_template(tok)
     examples, cleaning = clean(to_examples(rows, dataset_format, config.system_prompt))
@@ -90,7 +93,7 @@ def read_source(
     return Source(
         dataset_format=dataset_format,
         examples=[examples[i] for i in tokenized.positions],
-        groups=[cleaning.groups[i] for i in tokenized.positions],
+        groups=cleaning.groups,
         tokenized=tokenized,
         n_rows=len(rows),
         cleaning=cleaning,
@@ -111,18 +114,19 @@ def divide(
 ) -> Division:
     "Leave out what may not be trained on, and split the rest."
     in_test = {normalise(e.prompt) for e in test.examples} if test else set()
-    allowed = [i for i, e in enumerate(source.examples) if normalise(e.prompt) not in in_test]
+    allowed = [e for e in source.examples if normalise(e.prompt) not in in_test]
     n_rows = len(source.examples)
     if not allowed:
-        step = 'give another test_data'
-        raise DataError('every row of data is also in test_data', value=f'{n_rows} rows', next_step=step)
-    labelled = check_labels([source.examples[i] for i in allowed], config.rare_labels)
-    used = [allowed[i] for i in labelled]
-    examples, groups = [source.examples[i] for i in used], [source.groups[i] for i in used]
-    train, held_out = split(examples, groups, config.eval_fraction, config.seed)
+        raise DataError(
+            'every row of data is also in test_data',
+            value=f'{n_rows} rows',
+            next_step='give another test_data',
+        )
+    used = check_labels(allowed, config.rare_labels)
+    train, held_out = split(used, source.groups, config.eval_fraction, config.seed)
     if test: parts = dict(train=train, validation=held_out, test=test.examples)
     else:
-        validation, tests = split_half(held_out, groups_of(held_out, examples, groups), config.seed)
+        validation, tests = split_half(held_out, source.groups, config.seed)
         parts = dict(train=train, validation=validation, test=tests)
     return Division(parts, in_test=n_rows - len(allowed), rare=len(allowed) - len(used))
 
@@ -166,8 +170,9 @@ def example_table(
     "The first sequence as text, broken into lines."
     ids, mask = cache.row(0)
     text = show_loss_mask(Encoded(ids.tolist(), mask.tolist()), tok)
-    lines = [[piece] for line in text.splitlines() for piece in textwrap.wrap(line, 100) or ['']]
-    return Table(['one row as the model reads it; loss between ⟦ and ⟧'], lines, 'Example')
+    lines = [piece for line in text.splitlines() for piece in textwrap.wrap(line, 100) or ['']]
+    header = 'one row as the model reads it; loss between ⟦ and ⟧'
+    return Table([header], [[line] for line in lines], 'Example')
 
 # %% ../../nbs/data/09_prepare.ipynb #1ae1f972
 def input_fingerprint(
@@ -176,10 +181,14 @@ def input_fingerprint(
 ) -> str:
     "SHA-256 of all that shapes the prepared data."
     paths = ('model', 'data', 'test_data', 'chat_template')     # their content counts, not their name
-    settings = {name: getattr(config, name) for name in [*DataSettings.model_fields, 'seed'] if name not in paths}
+    settings = config.model_dump(include={*DataSettings.model_fields, 'seed'}, exclude={*paths})
     settings['layout'] = settings.pop('dataset_format')         # the fingerprints of older runs stay valid
-    files = [path and source_fingerprint(path) for path in (config.data, config.test_data)]
-    return fingerprint({'form': 1, 'files': files, 'settings': settings, 'tokenizer': tokenizer_fingerprint(tok)})
+    return fingerprint({
+        'form': 1,
+        'files': [path and source_fingerprint(path) for path in (config.data, config.test_data)],
+        'settings': settings,
+        'tokenizer': tokenizer_fingerprint(tok),
+    })
 
 # %% ../../nbs/data/09_prepare.ipynb #6d625d4a
 def save_prepared(
@@ -190,7 +199,7 @@ def save_prepared(
     manifest = folder / 'data.json'
     manifest.unlink(missing_ok=True)
     for name, cache in prepared.caches.items(): save_cache(cache, folder / f'{name}.safetensors')
-    lines = [json.dumps(asdict(example), ensure_ascii=False) + '\n' for example in prepared.test_examples]
+    lines = [json.dumps(asdict(e), ensure_ascii=False) + '\n' for e in prepared.test_examples]
     tests = write_atomic(folder / 'test_examples.jsonl', ''.join(lines))
     write_atomic(folder / 'data_report.md', prepared.markdown())
     checksums = {name: cache.fingerprint for name, cache in prepared.caches.items()}
@@ -227,8 +236,11 @@ def load_prepared(
     if tests.is_file(): actual['test_examples'] = file_fingerprint(tests)
     changed = [name for name in checksums if actual.get(name) != checksums[name]]
     if changed:
-        names = f"{', '.join(changed)} in {folder}"
-        raise DataError('prepared data was altered or is missing', value=names, next_step='prepare the data again')
+        raise DataError(
+            'prepared data was altered or is missing',
+            value=f"{', '.join(changed)} in {folder}",
+            next_step='prepare the data again',
+        )
     manifest['dataset_format'] = DatasetFormat(**manifest['dataset_format'])
     manifest['report'] = [Table(**table) for table in manifest['report']]
     parts = {part: caches.pop(part) for part in PARTS}
@@ -261,7 +273,7 @@ def build_prepared(
         cleaning = test.cleaning.table()
         cleaning.title = f'Test file. {cleaning.title}'
         report += [cleaning, test.tokenized.report.table()]
-    rows = dict(file=source.n_rows, cleaned=source.cleaning.rows_out, tokenized=len(source.tokenized.cache))
+    rows = {'file': source.n_rows, 'cleaned': source.cleaning.rows_out, 'tokenized': len(source.examples)}
     return Prepared(
         **caches,
         rejected=rejected or None,
@@ -283,15 +295,21 @@ def prepare(
 
     Raises `DataError`, `ModelError` or `ConfigError` before anything is written."""
     if not config.data:
-        allowed = 'CSV, JSON, JSONL, Parquet, or a saved datasets folder'
-        raise ConfigError('no data file is given', allowed=allowed, next_step='set data=FILE')
+        raise ConfigError(
+            'no data file is given',
+            allowed='CSV, JSON, JSONL, Parquet, or a saved datasets folder',
+            next_step='set data=FILE',
+        )
     for path in filter(None, (config.data, config.test_data)):
         if not Path(path).expanduser().exists(): load_rows(path)     # says what is wrong with the path
     key, folder = input_fingerprint(config, tok), Path(folder)
     manifest = read_manifest(folder)
     if manifest and manifest['fingerprint'] != key:
-        problem = 'the folder holds data that was prepared from another file, tokenizer or settings'
-        raise DataError(problem, value=folder, next_step='choose another folder or run name')
+        raise DataError(
+            'the folder holds data that was prepared from another file, tokenizer or settings',
+            value=folder,
+            next_step='choose another folder or run name',
+        )
     if manifest:
         try: return load_prepared(folder)
         except DataError: pass

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..core import DataError, ModelError
 from .chat_template import encode
+from .load import first_rows
 from ..io import fingerprint, write_atomic
 from ..table import Table
 
@@ -45,7 +46,7 @@ class TokenCache:
     @property
     def arrays(self) -> dict:
         "The four arrays by name."
-        return dict(input_ids=self.input_ids, mask=self.mask, offsets=self.offsets, rows=self.rows)
+        return {name: getattr(self, name) for name in ('input_ids', 'mask', 'offsets', 'rows')}
 
     def row(self,
         i: int,                 # position in this cache, from 0
@@ -58,7 +59,8 @@ class TokenCache:
         "SHA-256 over names, types, shapes and bytes of the arrays."
         about = {}
         for name, array in self.arrays.items():
-            about[name] = [str(array.dtype), list(array.shape), fingerprint(array.tobytes())]
+            content = fingerprint(array.tobytes())
+            about[name] = [str(array.dtype), list(array.shape), content]
         return fingerprint(about)
 
 # %% ../../nbs/data/07_tokenize.ipynb #ac1b3821
@@ -67,11 +69,11 @@ def make_cache(
     rows: list,          # row numbers in the data file
 ) -> TokenCache:
     "Put sequences into one flat array and take its fingerprint."
-    ids = [np.asarray(pair[0], np.int32) for pair in encoded]
-    masks = [np.asarray(pair[1], np.uint8) for pair in encoded]
+    ids = [ids for ids, _ in encoded]
+    masks = [mask for _, mask in encoded]
     cache = TokenCache(
-        input_ids=np.concatenate([np.zeros(0, np.int32), *ids]),
-        mask=np.concatenate([np.zeros(0, np.uint8), *masks]),
+        input_ids=np.concatenate([[], *ids], dtype=np.int32, casting='unsafe'),
+        mask=np.concatenate([[], *masks], dtype=np.uint8, casting='unsafe'),
         offsets=np.cumsum([0, *map(len, ids)], dtype=np.int64),
         rows=np.asarray(rows, np.int64),
     )
@@ -84,7 +86,8 @@ def select(
     positions: list,     # which of them, in the order of the result
 ) -> TokenCache:
     "A cache of some sequences of another one."
-    return make_cache([cache.row(i) for i in positions], [int(cache.rows[i]) for i in positions])
+    rows = [cache.rows[i] for i in positions]
+    return make_cache([cache.row(i) for i in positions], rows)
 
 # %% ../../nbs/data/07_tokenize.ipynb #eb580b9d
 def save_cache(
@@ -93,7 +96,8 @@ def save_cache(
 ) -> Path:               # the target
     "Write `cache` as one safetensors file, atomically."
     from safetensors.numpy import save
-    return write_atomic(path, save(cache.arrays, metadata={'fingerprint': cache.compute_fingerprint()}))
+    metadata = {'fingerprint': cache.compute_fingerprint()}
+    return write_atomic(path, save(cache.arrays, metadata=metadata))
 
 # %% ../../nbs/data/07_tokenize.ipynb #33efd452
 def load_cache(
@@ -110,8 +114,11 @@ def load_cache(
         cache = TokenCache(**arrays, fingerprint=stored)
         if cache.compute_fingerprint() == stored: return cache
     except (SafetensorError, TypeError, ValueError, OSError): pass
-    step = 'delete it and prepare the data again'
-    raise DataError('the token cache is torn or was altered', value=path, next_step=step)
+    raise DataError(
+        'the token cache is torn or was altered',
+        value=path,
+        next_step='delete it and prepare the data again',
+    )
 
 # %% ../../nbs/data/07_tokenize.ipynb #3413ce70
 def is_text(
@@ -120,14 +127,18 @@ def is_text(
     "Whether this is plain text and not a conversation."
     return messages[0]['role'] == 'text'
 
-# %% ../../nbs/data/07_tokenize.ipynb #5bea2b54
+# %% ../../nbs/data/07_tokenize.ipynb #dc195e77
 def end_ids(
     tok,                # tokenizer, with a chat template or without
 ) -> set:               # of one token id
     "The token that ends a text; `ModelError` if the tokenizer has none."
     if tok.eos_token_id is not None: return {tok.eos_token_id}
-    problem = 'the tokenizer has no token that ends a text'
-    raise ModelError(problem, value=tok.name_or_path, allowed='an eos_token', next_step='choose another model')
+    raise ModelError(
+        'the tokenizer has no token that ends a text',
+        value=tok.name_or_path,
+        allowed='an eos_token',
+        next_step='choose another model',
+    )
 
 def encode_text(
     messages: list,     # one message with role `text`; it may not contain the text of a special token
@@ -163,10 +174,7 @@ def control_pattern(
 class TokenReport:
     "What tokenizing did; `control`, `too_long` and `truncated` hold row numbers of the data file."
     rows_in: int             # rows that came in
-    rows_out: int            # rows in the cache
-    tokens: int              # tokens in the cache
-    loss_tokens: int         # of these, with loss
-    max_seq_len: int         # tokens of the longest sequence in the cache
+    caches: list             # `TokenCache`s with what remains; of preferences two
     control: list            # dropped: the text of a special token
     too_long: list           # dropped: longer than max_length
     truncated: list          # cut to max_length
@@ -175,20 +183,16 @@ class TokenReport:
         "The report as a table."
         def count(rows):
             "How many rows, and the first of them."
-            some = ', '.join(map(str, rows[:5])) + ', ...' * (len(rows) > 5)
-            return f'{len(rows)} (row {some})' if rows else '0'
+            return f'{len(rows)} (row {first_rows(rows)})' if rows else '0'
         return Table(['tokens', ''], [
-            ['rows', f'{self.rows_out} of {self.rows_in}'],
-            ['tokens', self.tokens],
-            ['of these with loss', self.loss_tokens],
-            ['longest row', self.max_seq_len],
+            ['rows', f'{len(self.caches[0])} of {self.rows_in}'],
+            ['tokens', sum(len(cache.input_ids) for cache in self.caches)],
+            ['of these with loss', sum(cache.loss_tokens for cache in self.caches)],
+            ['longest row', max(int(cache.lengths.max()) for cache in self.caches)],
             ['dropped: control tokens in the text', count(self.control)],
             ['dropped: too long', count(self.too_long)],
             ['cut to max_length', count(self.truncated)],
         ])
-
-    def __str__(self): return str(self.table())
-    def _repr_html_(self): return self.table()._repr_html_()
 
 @dataclass
 class Tokenized:
@@ -238,17 +242,7 @@ def tokenize_examples(
             next_step='raise max_length, or look at the data',
         )
     cache = make_cache(list(encoded.values()), [examples[i].row for i in encoded])
-    report = TokenReport(
-        rows_in=len(examples),
-        rows_out=len(cache),
-        tokens=len(cache.input_ids),
-        loss_tokens=cache.loss_tokens,
-        max_seq_len=int(cache.lengths.max()),
-        control=control,
-        too_long=list(too_long),
-        truncated=truncated,
-    )
-    return Tokenized(cache, list(encoded), report)
+    return Tokenized(cache, list(encoded), TokenReport(len(examples), [cache], control, list(too_long), truncated))
 
 # %% ../../nbs/data/07_tokenize.ipynb #500bec3d
 def tokenizer_fingerprint(

@@ -76,8 +76,9 @@ class Chat:
         if len(ids) >= context:
             raise DataError('the prompt does not fit into the model', value=f'{len(ids)} tokens',
                             allowed=f'fewer than {context}', next_step='shorten it')
-        steps = stream_tokens(self.model, [ids], ends, min(max_new_tokens, context - len(ids)), temperature)
-        return decode_pieces((token for token, in steps), self.tok)
+        max_new_tokens = min(max_new_tokens, context - len(ids))
+        steps = stream_tokens(self.model, [ids], ends, max_new_tokens, temperature)
+        return decode_pieces((tokens[0] for tokens in steps), self.tok)
 
     def generate(self,
         messages,                    # a text, or messages that wait for the assistant

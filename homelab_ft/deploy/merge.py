@@ -37,7 +37,8 @@ def dequantize_to_cpu(
     from transformers.integrations.bitsandbytes import dequantize_and_replace
     logging.getLogger('transformers.integrations.bitsandbytes').setLevel(logging.ERROR)   # warns of what is intended
     quantizer, dtype = model.hf_quantizer, model.dtype
-    quantized = [name for name, m in model.named_modules() if type(m).__name__ in ('Linear4bit', 'Linear8bitLt')]
+    quantized = [name for name, layer in model.named_modules()
+                 if type(layer).__name__ in ('Linear4bit', 'Linear8bitLt')]
     for name in quantized:
         layer = torch.nn.ModuleDict({'layer': model.get_submodule(name)})
         dense = dequantize_and_replace(layer, quantizer.quantization_config, dtype)['layer']
@@ -79,9 +80,11 @@ def merge(
     check_writable(out.parent)
     tok = load_tokenizer(config.model, config.chat_template, needs_template=False)
     model = load_merged(run, config)
-    model.generation_config.eos_token_id = sorted(end_ids(tok) if is_text_dataset(run.data_path) else end_of_turn_ids(tok))
+    ends = end_ids(tok) if is_text_dataset(run.data_path) else end_of_turn_ids(tok)
+    model.generation_config.eos_token_id = sorted(ends)
     model.generation_config.pad_token_id = tok.pad_token_id
-    check_disk(out.parent, sum(p.nbytes for p in model.parameters()) + 2**26)
+    size = sum(p.nbytes for p in model.parameters())
+    check_disk(out.parent, size + 2**26)
 
     def save(folder):
         model.save_pretrained(folder)

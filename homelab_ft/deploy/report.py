@@ -28,7 +28,8 @@ def cost_table(
     lines = [['training time', fmt_duration(training.get('seconds', 0))],
              ['speed', f'{speed:,.0f} tokens per second' if speed else 'not measured']]
     if predicted: lines.append(['predicted peak, process', fmt_gib(predicted)])
-    lines += [[label, fmt_gib(training[key])] for key, label in PEAKS.items() if training.get(key)]
+    for key, label in PEAKS.items():
+        if training.get(key): lines.append([label, fmt_gib(training[key])])
     lines += [['energy', f"{energy['kwh']:.4f} kWh ({energy['source']})"],
               ['cost', f"{energy['cost']:.4f} {energy['currency']} at {energy['price_per_kwh']:g} per kWh"]]
     return Table(['', 'training'], lines)
@@ -38,8 +39,9 @@ def changed_settings(
     config: RunConfig,   # the run's settings
 ) -> dict:               # name -> value
     "The settings that differ from the defaults."
-    defaults = RunConfig()
-    return {k: v for k, v in config.model_dump().items() if v != getattr(defaults, k)}
+    defaults = RunConfig().model_dump()
+    return {name: value for name, value in config.model_dump().items()
+            if value != defaults[name]}
 
 # %% ../../nbs/deploy/05_report.ipynb #deea6330
 def report_markdown(
@@ -51,8 +53,9 @@ def report_markdown(
     "The whole report as Markdown."
     manifest = run.manifest()
     data_report = run.data_path / 'data_report.md'
-    settings = Table(['setting', 'value'], [[k, v] for k, v in changed_settings(run.config()).items()])
-    data, base = ((entry[key]['fingerprint'] or '')[:16] for key in ('data', 'base_model'))
+    settings = Table(['setting', 'value'], list(changed_settings(run.config()).items()))
+    data, base = (entry[key]['fingerprint'] or '' for key in ('data', 'base_model'))
+    versions = [f'{name} {version}' for name, version in manifest['versions'].items()]
     parts = [f'# {run.name}', f'**{evaluation.conclusion}**' if evaluation else 'Not evaluated.']
     if evaluation: parts.append(table_markdown(evaluation.table()))
     parts += ['## What it took',
@@ -61,13 +64,13 @@ def report_markdown(
               '![Loss over steps: training per step, its running mean, validation](loss.svg)']
     if data_report.exists():
         lines = data_report.read_text(encoding='utf-8').splitlines()
-        parts.append('\n'.join('#' + line if line.startswith('#') else line for line in lines))
+        lines = ['#' + line if line.startswith('#') else line for line in lines]
+        parts.append('\n'.join(lines))
     if parity: parts += ['## Adapter against merged model', table_markdown(parity.table())]
     parts += ['## To repeat it',
               '`config.yaml` in this folder repeats the run; what differs from the defaults:',
               table_markdown(settings),
-              f'- dataset `{data}`, base model `{base}` (SHA-256, first 16 digits)\n'
-              '- ' + ', '.join(f'{name} {version}' for name, version in manifest['versions'].items())]
+              f'- dataset `{data[:16]}`, base model `{base[:16]}` (SHA-256, first 16 digits)\n- {", ".join(versions)}']
     return '\n\n'.join(parts) + '\n'
 
 # %% ../../nbs/deploy/05_report.ipynb #bca62ef9

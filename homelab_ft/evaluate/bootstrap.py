@@ -21,9 +21,8 @@ class Interval:
     @property
     def conclusion(self) -> str:
         "`'better'` when the whole interval is above 0, `'worse'` when it is below, else `'no measurable difference'`."
-        if self.low is not None and self.low > 0: return 'better'
-        if self.high is not None and self.high < 0: return 'worse'
-        return 'no measurable difference'
+        if self.low is None or self.low <= 0 <= self.high: return 'no measurable difference'
+        return 'better' if self.low > 0 else 'worse'
 
     def __str__(self):
         ends = '[too few examples]' if self.low is None else f'[{self.low:+.3f}, {self.high:+.3f}]'
@@ -42,23 +41,30 @@ def paired_bootstrap(
     level: float = 0.95,      # confidence level
 ) -> Interval:                # nats per token; positive: the fine-tuned model is better
     "Gain in NLL per token with its percentile interval, examples resampled. `DataError` when the examples do not match."
-    base, fine_tuned, tokens = (np.asarray(x, dtype=np.float64) for x in (base_nll, fine_tuned_nll, tokens))
-    if not len(base) == len(fine_tuned) == len(tokens) or not tokens.sum():
-        raise DataError('the examples do not match, or have no tokens',
-                        value=f'{len(base)}, {len(fine_tuned)}, {len(tokens)} examples',
+    n_examples = {len(base_nll), len(fine_tuned_nll), len(tokens)}
+    tokens = np.asarray(tokens, dtype=np.float64)
+    if len(n_examples) > 1 or not tokens.sum():
+        raise DataError('the examples do not match, or have no tokens', value=f'{n_examples} examples',
                         allowed='the same examples for both models')
-    gains = (base - fine_tuned)[tokens > 0]
+    gains = np.subtract(base_nll, fine_tuned_nll, dtype=np.float64)
+    gains = gains[tokens > 0]
     tokens = tokens[tokens > 0]
 
-    def gain_per_token(gains, tokens, axis=-1): return gains.sum(axis) / tokens.sum(axis)
+    def gain_per_token(gains, tokens, axis=-1):
+        return gains.sum(axis) / tokens.sum(axis)
 
     gain = float(gain_per_token(gains, tokens))
     if len(gains) < MIN_EXAMPLES: return Interval(gain)
     from scipy.stats import bootstrap
-    result = bootstrap((gains, tokens), gain_per_token, paired=True, n_resamples=n_resamples, confidence_level=level,
-                       batch=max(1, MAX_RESAMPLED_VALUES // len(gains)), method='percentile', rng=seed)
-    low, high = result.confidence_interval
-    return Interval(gain, float(low), float(high))
+    result = bootstrap(
+        (gains, tokens), gain_per_token,
+        paired=True,
+        n_resamples=n_resamples,
+        batch=max(1, MAX_RESAMPLED_VALUES // len(gains)),
+        confidence_level=level,
+        method='percentile',
+        rng=seed)
+    return Interval(gain, *map(float, result.confidence_interval))
 
 # %% ../../nbs/evaluate/02_bootstrap.ipynb #a073089a
 def paired_bootstrap_accuracy(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RENAMED_KEYS', 'MetricResult', 'Evaluation', 'draw', 'EvaluationData', 'load_evaluation_data', 'label_token_ids',
-           'answer_greedily', 'ModelScores', 'score_model', 'share_result', 'metric_results', 'base_model_of',
-           'compare', 'upgrade_keys', 'load_evaluation']
+           'answer_greedily', 'ModelScores', 'score_model', 'metric_results', 'base_model_of', 'compare',
+           'upgrade_keys', 'load_evaluation']
 
 # %% ../../nbs/evaluate/05_compare.ipynb #f3e9e6a9
 import json, time
@@ -18,8 +18,7 @@ from ..table import Table, table_html, table_markdown
 from ..io import now, read_jsonl, write_json
 from ..data.chat_template import encode, end_of_turn_ids, load_tokenizer, prompt_ids
 from ..data.preference import Answers, PreferencePairs
-from ..data.tokenize import is_text
-from ..data.tokenize import TokenCache, load_cache, select
+from ..data.tokenize import TokenCache, is_text, load_cache, select
 from .bootstrap import Interval, paired_bootstrap, paired_bootstrap_accuracy
 from .likelihood import perplexity, sequence_nll
 from .metrics import exact_matches, macro_f1, prefers_chosen, reward_accuracy
@@ -53,11 +52,14 @@ class MetricResult:
 
     def format_gain(self) -> str:
         "The gain with its interval as text, for example `+78.5 points [+72.0, +84.5]`."
-        scale, digits, unit = (100, 1, ' points') if self.percent else (1, 3, '')
-        numbers = [f'{scale * x:+.{digits}f}' for x in (self.gain, self.low, self.high) if x is not None]
-        if not numbers: return ''
-        interval = f' [{", ".join(numbers[1:])}]' if numbers[1:] else ''
-        return numbers[0] + unit + interval
+        if self.gain is None: return ''
+
+        def number(x): return f'{100 * x:+.1f}' if self.percent else f'{x:+.3f}'
+
+        unit = ' points' if self.percent else ''
+        text = number(self.gain) + unit
+        if self.low is None: return text
+        return f'{text} [{number(self.low)}, {number(self.high)}]'
 
 # %% ../../nbs/evaluate/05_compare.ipynb #9b560a82
 @dataclass
@@ -91,17 +93,23 @@ class Evaluation:
         heading = first.conclusion.capitalize()
         if self.worse and first.conclusion != 'worse':
             heading = f'Mixed, worse in {self.worse[0].name} ({self.worse[0].format_gain()})'
-        base, fine_tuned = first.format_value(first.base), first.format_value(first.fine_tuned)
+        base = first.format_value(first.base)
+        fine_tuned = first.format_value(first.fine_tuned)
         return (f'{heading}: {first.name} {base} (base), {fine_tuned} (fine-tuned), gain {first.format_gain()}, '
                 f'{self.level:.0%} interval, {self.n_examples} test examples.')
 
     def table(self) -> Table:
         "Metric, base, fine-tuned, gain with interval, number of examples."
         headers = ['metric', 'base', 'fine-tuned', f'gain [{self.level:.0%} interval]', 'examples']
-        return Table(headers, [[m.name, m.format_value(m.base), m.format_value(m.fine_tuned), m.format_gain(), m.n_examples]
-                               for m in self.metrics])
+        rows = []
+        for m in self.metrics:
+            values = [m.format_value(x) for x in (m.base, m.fine_tuned)]
+            rows.append([m.name, *values, m.format_gain(), m.n_examples])
+        return Table(headers, rows)
 
-    def __getitem__(self, name): return next(m for m in self.metrics if m.name == name)
+    def __getitem__(self, name):
+        return next(m for m in self.metrics if m.name == name)
+
     def __repr__(self): return f'{self.table()}\n{self.conclusion}'
     def _repr_html_(self): return f'{table_html(self.table())}<p>{self.conclusion}</p>'
     def _repr_markdown_(self): return f'{table_markdown(self.table())}\n\n{self.conclusion}'
@@ -113,7 +121,8 @@ def draw(
     seed: int,       # of the run
 ) -> list:           # indices in rising order
     "All examples, or a random part of them; the same seed draws the same examples."
-    return sorted(np.random.default_rng(seed).permutation(n)[:at_most].tolist())
+    shuffled = np.random.default_rng(seed).permutation(n)
+    return sorted(shuffled[:at_most].tolist())
 
 # %% ../../nbs/evaluate/05_compare.ipynb #43b9ac8f
 @dataclass
@@ -132,20 +141,23 @@ def load_evaluation_data(
     "The test examples that the evaluation uses; `DataError` when there are none."
     cache = load_cache(run.data_path / 'test.safetensors')
     records = read_jsonl(run.data_path / 'test_examples.jsonl')
-    by_row = {r['row']: Example(r['messages'], r['label'], r['row'], r.get('rejected')) for r in records}
-    chosen = [i for i in draw(len(cache), config.eval_max_rows, config.seed) if int(cache.rows[i]) in by_row]
-    if not chosen: raise DataError('there are no test rows', value=run.data_path, next_step='use more data, or a larger eval_fraction')
-    cache = select(cache, chosen)
+    by_row = {r['row']: Example(r['messages'], r['label'], r['row'])
+              for r in records}
+    drawn = draw(len(cache), config.eval_max_rows, config.seed)
+    drawn = [i for i in drawn if cache.rows[i] in by_row]
+    if not drawn:
+        raise DataError('there are no test rows', value=run.data_path,
+                        next_step='use more data, or a larger eval_fraction')
+    cache = select(cache, drawn)
     examples = [by_row[row] for row in cache.rows.tolist()]
-    to_answer = [examples[i] for i in draw(len(examples), config.generate_max_rows, config.seed)]
-    labels = json.loads((run.data_path / 'data.json').read_text(encoding='utf-8')).get('labels')
-    data = EvaluationData(cache, examples, [e for e in to_answer if not is_text(e.messages)], labels)
+    answered = draw(len(examples), config.generate_max_rows, config.seed)
+    answered = [examples[i] for i in answered if not is_text(examples[i].messages)]
+    details = json.loads((run.data_path / 'data.json').read_text(encoding='utf-8'))
     rejected_path = run.data_path / 'test_rejected.safetensors'
+    pairs = None
     if rejected_path.exists():
-        rejected = load_cache(rejected_path)
-        index = {row: i for i, row in enumerate(rejected.rows.tolist())}
-        data.pairs = PreferencePairs(cache, select(rejected, [index[row] for row in cache.rows.tolist()]))
-    return data
+        pairs = PreferencePairs(cache, select(load_cache(rejected_path), drawn))
+    return EvaluationData(cache, examples, answered, details.get('labels'), pairs)
 
 # %% ../../nbs/evaluate/05_compare.ipynb #25e18f38
 def label_token_ids(
@@ -156,7 +168,8 @@ def label_token_ids(
     "The tokens of each label as an answer."
     *prompt, answer = example.messages
     start = len(prompt_ids(prompt, tok))
-    return [list(encode([*prompt, {**answer, 'content': label}], tok).input_ids)[start:] for label in labels]
+    encoded = [encode([*prompt, {**answer, 'content': label}], tok) for label in labels]
+    return [e.input_ids[start:] for e in encoded]
 
 # %% ../../nbs/evaluate/05_compare.ipynb #7262781d
 def answer_greedily(
@@ -167,22 +180,27 @@ def answer_greedily(
     progress: bool,       # show a progress bar
 ) -> list:                # texts
     "Greedy answers to the examples' prompts."
-    if not examples: return []
-    longest = max(len(tok(e.answer, add_special_tokens=False).input_ids) for e in examples)
-    prompts = [prompt_ids(e.messages[:-1], tok) for e in examples]
-    answers = generate_greedy(model, prompts, end_of_turn_ids(tok), min(config.max_new_tokens, longest + 8),
-                              batch_size=config.per_device_train_batch_size, progress=progress)
+    expected = tok([e.answer for e in examples], add_special_tokens=False).input_ids
+    longest = max(map(len, expected))
+    answers = generate_greedy(
+        model,
+        [prompt_ids(e.messages[:-1], tok) for e in examples],
+        end_of_turn_ids(tok),
+        min(config.max_new_tokens, longest + 8),
+        batch_size=config.per_device_train_batch_size,
+        progress=progress)
     return tok.batch_decode(answers, skip_special_tokens=True)
 
-# %% ../../nbs/evaluate/05_compare.ipynb #d6941f31
+# %% ../../nbs/evaluate/05_compare.ipynb #50d30c9d
 @dataclass
 class ModelScores:
     "What one model makes of the test examples."
-    nll: np.ndarray             # [n], nats per example
-    tokens: np.ndarray          # [n], answer tokens
-    answers: list               # greedy answers to `to_answer`, as texts
-    classes: list = None        # most probable class of each example, for a classification
-    pair_logprobs: list = None  # log-likelihoods of the chosen and of the rejected answers, for preference data
+    nll: np.ndarray               # [n], nats per example
+    tokens: np.ndarray            # [n], answer tokens
+    classes: list = ()            # most probable class of each example, for a classification
+    answers: list = ()            # greedy answers to `to_answer`, as texts
+    pair_logprobs: tuple = ()     # log-likelihoods of the chosen and of the rejected answers, for preference data
+    correct: dict = field(default_factory=dict)   # metric -> 1 where the model is right, 0 where it is wrong
 
 def score_model(
     model,                   # causal language model, in eval mode
@@ -191,30 +209,26 @@ def score_model(
     config: RunConfig,       # lengths and batch size
     progress: bool = True,   # show progress bars
 ) -> ModelScores:
-    "NLL, class probabilities and greedy answers of one model."
+    "Likelihoods, classes and greedy answers of one model, and which of them are right."
     size = config.per_device_train_batch_size
-    nll, tokens = sequence_nll(model, data.cache, size, progress)
-    scores = ModelScores(nll, tokens, answer_greedily(model, tok, data.to_answer, config, progress))
+    scores = ModelScores(*sequence_nll(model, data.cache, size, progress))
     if data.labels:
         prompts = [prompt_ids(e.messages[:-1], tok) for e in data.examples]
         labels = label_token_ids(data.examples[0], data.labels, tok)
         logprobs = label_logprobs(model, prompts, labels, batch_size=size, progress=progress)
         scores.classes = [data.labels[i] for i in logprobs.argmax(1)]
+        true = [e.label for e in data.examples]
+        scores.correct['accuracy'] = np.equal(true, scores.classes)
+    if data.to_answer:
+        scores.answers = answer_greedily(model, tok, data.to_answer, config, progress)
+        expected = [e.answer for e in data.to_answer]
+        scores.correct['exact match'] = exact_matches(expected, scores.answers)
     if data.pairs:
-        sides = data.pairs.chosen, data.pairs.rejected
-        scores.pair_logprobs = [-sequence_nll(model, Answers(side), size, progress)[0] for side in sides]
+        chosen, _ = sequence_nll(model, Answers(data.pairs.chosen), size, progress)
+        rejected, _ = sequence_nll(model, Answers(data.pairs.rejected), size, progress)
+        scores.pair_logprobs = -chosen, -rejected
+        scores.correct['preference accuracy'] = prefers_chosen(-chosen, -rejected)
     return scores
-
-# %% ../../nbs/evaluate/05_compare.ipynb #4532937e
-def share_result(
-    name: str,            # of the metric
-    base,                 # [n], 1 where the base model is right, 0 where it is wrong
-    fine_tuned,           # [n], the same for the fine-tuned model
-    config: RunConfig,    # resamples and seed
-) -> MetricResult:
-    "The share of right answers of both models, with the interval of its gain."
-    gain = paired_bootstrap_accuracy(base, fine_tuned, config.n_bootstrap, config.seed)
-    return MetricResult(name, float(np.mean(base)), float(np.mean(fine_tuned)), len(base), True, **asdict(gain))
 
 # %% ../../nbs/evaluate/05_compare.ipynb #6a64e0a6
 def metric_results(
@@ -224,24 +238,28 @@ def metric_results(
     config: RunConfig,        # objective, resamples and seed
 ) -> list:                    # `MetricResult`s; the first decides
     "All metrics that suit the data: likelihood, classes, greedy answers, preferences."
+    n = len(data.examples)
+    resampling = dict(n_resamples=config.n_bootstrap, seed=config.seed)
     both = base, fine_tuned
-    n, n_tokens = len(data.examples), base.tokens.sum()
-    gain = paired_bootstrap(base.nll, fine_tuned.nll, base.tokens, config.n_bootstrap, config.seed)
-    results = [MetricResult('NLL per token', *(float(s.nll.sum() / n_tokens) for s in both), n, **asdict(gain)),
-               MetricResult('perplexity', *(perplexity(s.nll, s.tokens) for s in both), n)]
+    per_token = [float(s.nll.sum() / s.tokens.sum()) for s in both]
+    gain = paired_bootstrap(base.nll, fine_tuned.nll, base.tokens, **resampling)
+    results = [MetricResult('NLL per token', *per_token, n, **asdict(gain))]
+    results.append(MetricResult('perplexity', *[perplexity(s.nll, s.tokens) for s in both], n))
     if data.labels:
         true = [e.label for e in data.examples]
         f1 = [macro_f1(true, s.classes) for s in both]
-        results += [share_result('accuracy', *([t == c for t, c in zip(true, s.classes)] for s in both), config),
-                    MetricResult('macro-F1', *f1, n, percent=True, gain=f1[1] - f1[0])]
-    if data.to_answer:
-        expected = [e.answer for e in data.to_answer]
-        results.append(share_result('exact match', *(exact_matches(expected, s.answers) for s in both), config))
-    if not data.pairs: return results
-    rewarded = reward_accuracy(base.pair_logprobs, fine_tuned.pair_logprobs)
-    preference = [share_result('preference accuracy', *(prefers_chosen(*s.pair_logprobs) for s in both), config),
-                  share_result('reward accuracy', np.full(n, 0.5), rewarded, config)]
-    return preference + results if config.objective == 'dpo' else results + preference
+        gain = f1[1] - f1[0]
+        results.append(MetricResult('macro-F1', *f1, n, percent=True, gain=gain))
+    if data.pairs:
+        base.correct['reward accuracy'] = np.full(n, 0.5)
+        fine_tuned.correct['reward accuracy'] = reward_accuracy(base.pair_logprobs, fine_tuned.pair_logprobs)
+    for name, right in fine_tuned.correct.items():
+        base_right = base.correct[name]
+        gain = paired_bootstrap_accuracy(base_right, right, **resampling)
+        shares = [float(np.mean(r)) for r in (base_right, right)]
+        results.append(MetricResult(name, *shares, len(right), percent=True, **asdict(gain)))
+    if config.objective == 'dpo' and data.pairs: return results[-2:] + results[:-2]
+    return results
 
 # %% ../../nbs/evaluate/05_compare.ipynb #adf59176
 @contextmanager
@@ -255,7 +273,8 @@ def base_model_of(
         return
     device = model.device
     model.to('cpu')
-    yield load_base(config.model, config.method, str(model.dtype).removeprefix('torch.'), device.type)
+    dtype = str(model.dtype).removeprefix('torch.')
+    yield load_base(config.model, config.method, dtype, device.type)
     model.to(device)
 
 # %% ../../nbs/evaluate/05_compare.ipynb #a2457b2e
@@ -279,14 +298,24 @@ def compare(
     answers = [dict(row=e.row, prompt=e.prompt, expected=e.answer, base=b, fine_tuned=f)
                for e, b, f in zip(data.to_answer, base.answers, fine_tuned.answers)]
     classes = [dict(row=e.row, true=e.label, base=b, fine_tuned=f)
-               for e, b, f in zip(data.examples, base.classes or [], fine_tuned.classes or [])]
-    result = Evaluation(results, len(data.cache), int(base.tokens.sum()), labels=data.labels, answers=answers, classes=classes,
-                        seconds=time.perf_counter() - began, time=now())
+               for e, b, f in zip(data.examples, base.classes, fine_tuned.classes)]
+    result = Evaluation(
+        results,
+        n_examples=len(data.cache),
+        tokens=int(base.tokens.sum()),
+        labels=data.labels,
+        answers=answers,
+        classes=classes,
+        seconds=time.perf_counter() - began,
+        time=now())
     write_json(run.evaluation_path, asdict(result) | {'conclusion': result.conclusion})
     return result
 
 # %% ../../nbs/evaluate/05_compare.ipynb #35998f0a
-RENAMED_KEYS = dict(measures='metrics', rows='n_examples', tuned='fine_tuned', verdict='conclusion')   # old: new
+RENAMED_KEYS = dict(
+    measures='metrics', rows='n_examples', tuned='fine_tuned', verdict='conclusion',         # evaluation.json
+    shift='mean_shift', distance='mean_distance', largest='max_distance', explained='rounding_distance',
+    inputs='input_distance')                                                                # parity.json
 
 def upgrade_keys(
     record,                # a list or dict from a JSON file
@@ -304,4 +333,5 @@ def load_evaluation(
         raise RunError('the run was not evaluated yet', value=run.path, next_step='evaluate it: homelab-ft eval')
     record = upgrade_keys(json.loads(run.evaluation_path.read_text(encoding='utf-8')))
     record.pop('conclusion', None)
-    return Evaluation(**{**record, 'metrics': [MetricResult(**m) for m in record['metrics']]})
+    record['metrics'] = [MetricResult(**m) for m in record['metrics']]
+    return Evaluation(**record)

@@ -17,12 +17,13 @@ from ..train.engine.padded import precision
 from ..train.lora import load_adapter, need_trained
 from ..train.run_folder import RunFolder
 
-# %% ../../nbs/evaluate/03_inference.ipynb #eacac6b1
+# %% ../../nbs/evaluate/03_inference.ipynb #4bf04ddc
 def load_run_base(
     config: RunConfig,          # of the run
 ):                              # transformers model in eval mode
     "The base model with the device, precision and quantization that the settings name."
-    return load_base(config.model, config.method, resolve_dtype(config), resolve_device(config),
+    dtype, device = resolve_dtype(config), resolve_device(config)
+    return load_base(config.model, config.method, dtype, device,
                      config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
 
 def load_fine_tuned(
@@ -43,10 +44,10 @@ def pad_batch(
     "Token lists as one padded batch with its attention mask."
     import torch
     from torch.nn.utils.rnn import pad_sequence
-    ids = [torch.tensor(s) for s in sequences]
-    mask = [torch.ones_like(s) for s in ids]
-    return tuple(pad_sequence(x, batch_first=True, padding_value=value, padding_side=side).to(device)
-                 for x, value in ((ids, pad_id), (mask, 0)))
+    tensors = [torch.tensor(s, device=device) for s in sequences]
+    ids = pad_sequence(tensors, True, pad_id, side)
+    mask = pad_sequence([torch.ones_like(t) for t in tensors], True, 0, side)
+    return ids, mask
 
 def position_ids(
     mask,                 # int64 [B, T], 1 on tokens
@@ -62,8 +63,9 @@ def _check_sequences(
     "Raise `DataError` when there is no sequence, or when one of them is empty."
     empty = [i for i, s in enumerate(sequences) if not len(s)]
     if sequences and not empty: return
-    raise DataError(f'{what} without tokens', value=f'number {empty[0]}' if sequences else 'none at all',
-                    allowed='at least one token each', next_step='look at the data report: the row may be blank')
+    value = f'number {empty[0]}' if sequences else 'none at all'
+    raise DataError(f'{what} without tokens', value, 'at least one token each',
+                    next_step='look at the data report: the row may be blank')
 
 # %% ../../nbs/evaluate/03_inference.ipynb #6dd9f781
 def rest_logprobs(
@@ -76,17 +78,24 @@ def rest_logprobs(
     import torch
     n_prompts, n_labels = len(mask), len(labels)
     tokens, label_mask = pad_batch(labels, 0, mask.device, 'right')
-    if tokens.shape[1] == 1: return torch.zeros(n_prompts, n_labels, device=mask.device)
-    tokens = tokens.repeat(n_prompts, 1)
-    label_mask = label_mask.repeat(n_prompts, 1)
+    if tokens.shape[1] == 1: return mask.new_zeros(n_prompts, n_labels)
+    inputs = tokens[:, :-1].repeat(n_prompts, 1)
+    targets = tokens[:, 1:].repeat(n_prompts, 1)
+    input_mask = label_mask[:, :-1].repeat(n_prompts, 1)
+    target_mask = label_mask[:, 1:].repeat(n_prompts, 1)
     cache = copy.deepcopy(cache)
     cache.batch_repeat_interleave(n_labels)
-    mask = torch.cat([mask.repeat_interleave(n_labels, 0), label_mask[:, :-1]], 1)
-    positions = position_ids(mask)[:, 1 - tokens.shape[1]:]
-    logits = model(input_ids=tokens[:, :-1], attention_mask=mask, position_ids=positions,
-                   past_key_values=cache, use_cache=True).logits.float()
-    logprobs = logits.gather(-1, tokens[:, 1:, None])[..., 0] - logits.logsumexp(-1)
-    return (logprobs * label_mask[:, 1:]).sum(1).view(n_prompts, n_labels)
+    mask = mask.repeat_interleave(n_labels, 0)
+    mask = torch.cat([mask, input_mask], 1)
+    out = model(
+        input_ids=inputs,
+        attention_mask=mask,
+        position_ids=position_ids(mask)[:, -inputs.shape[1]:],
+        past_key_values=cache,
+        use_cache=True)
+    logprobs = out.logits.float().log_softmax(-1)
+    logprobs = logprobs.gather(-1, targets[..., None])[..., 0]
+    return (logprobs * target_mask).sum(1).view(n_prompts, n_labels)
 
 # %% ../../nbs/evaluate/03_inference.ipynb #d5e8f65e
 MAX_CACHED_TOKENS = 16_384   # prompts x labels x length in the KV cache at once
@@ -100,12 +109,21 @@ def score_labels(
     "Log-probability of each label after each prompt: the prompts once, then the labels in groups that fit into memory."
     import torch
     ids, mask = pad_batch(prompts, pad_id, model.device)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=True, logits_to_keep=1)
-    first = out.logits[:, -1].float().log_softmax(-1)[:, [label[0] for label in labels]]
+    out = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=position_ids(mask),
+        use_cache=True,
+        logits_to_keep=1)
+    first_tokens = [label[0] for label in labels]
+    first = out.logits[:, -1].float().log_softmax(-1)[:, first_tokens]
     longest = max(128, ids.shape[1] + len(labels[-1]))
     size = max(1, MAX_CACHED_TOKENS // (len(prompts) * longest))
-    groups = [labels[i:i + size] for i in range(0, len(labels), size)]
-    return first + torch.cat([rest_logprobs(model, out.past_key_values, mask, group) for group in groups], 1)
+    rest = []
+    for i in range(0, len(labels), size):
+        group = labels[i:i + size]
+        rest.append(rest_logprobs(model, out.past_key_values, mask, group))
+    return first + torch.cat(rest, 1)
 
 # %% ../../nbs/evaluate/03_inference.ipynb #3ce97988
 def label_logprobs(
@@ -120,32 +138,35 @@ def label_logprobs(
     import torch
     _check_sequences(prompts, 'a prompt')
     _check_sequences(labels, 'a label')
-    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    shortest_first = sorted(range(len(labels)), key=lambda i: len(labels[i]))
+    longest_first = np.argsort([-len(p) for p in prompts], kind='stable')
+    shortest_first = np.argsort([len(label) for label in labels], kind='stable')
     sorted_labels = [labels[i] for i in shortest_first]
     scores = np.empty((len(prompts), len(labels)))
 
-    def score(rows): return score_labels(model, [prompts[i] for i in rows], sorted_labels, pad_id)
+    def score(rows):
+        batch = [prompts[i] for i in rows]
+        return score_labels(model, batch, sorted_labels, pad_id)
 
     with torch.inference_mode(), precision(model):
         for rows, batch in in_batches(longest_first, batch_size, score, 'labels' if progress else ''):
             scores[np.ix_(rows, shortest_first)] = batch.cpu().numpy()
     return scores
 
-# %% ../../nbs/evaluate/03_inference.ipynb #9c37d9cc
+# %% ../../nbs/evaluate/03_inference.ipynb #fdd894c7
 def next_token(
     logits,                  # float [B, V], of the next tokens
     temperature: float,      # 0: the most probable
 ):                           # int64 [B]
     "The next token of each sequence."
     if temperature <= 0: return logits.argmax(-1)
-    return (logits.float() / temperature).softmax(-1).multinomial(1)[:, 0]
+    probabilities = (logits.float() / temperature).softmax(-1)
+    return probabilities.multinomial(1)[:, 0]
 
 # %% ../../nbs/evaluate/03_inference.ipynb #83f8f5b4
 def stream_tokens(
     model,                     # causal language model, in eval mode
     prompts: list,             # token id lists
-    end_ids: set,              # any of these ends an answer
+    end_ids,                   # any of these token ids ends an answer
     max_new_tokens: int,       # at most so many tokens per answer
     temperature: float = 0.,   # 0: greedy
     pad_id: int = 0,           # fills shorter prompts
@@ -153,17 +174,24 @@ def stream_tokens(
     "Answers to a batch of prompts, token by token, the end token left out."
     import torch
     ids, mask = pad_batch(prompts, pad_id, model.device)
-    positions, cache = position_ids(mask), None
-    ended = [False] * len(prompts)
+    positions = position_ids(mask)
+    cache = None
+    ended = set()
     for _ in range(max_new_tokens):
         with torch.inference_mode():
-            out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                        use_cache=True, logits_to_keep=1)
-            ids = next_token(out.logits[:, -1], temperature)[:, None]
-        tokens = ids[:, 0].tolist()
-        ended = [was_ended or token in end_ids for was_ended, token in zip(ended, tokens)]
-        if all(ended): return
-        yield [None if over else token for over, token in zip(ended, tokens)]
+            out = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1)
+            tokens = next_token(out.logits[:, -1], temperature)
+        step = tokens.tolist()
+        ended |= {i for i, token in enumerate(step) if token in end_ids}
+        if len(ended) == len(prompts): return
+        yield [None if i in ended else token for i, token in enumerate(step)]
+        ids = tokens[:, None]
         cache = out.past_key_values
         positions = positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
@@ -181,17 +209,19 @@ def generate_greedy(
     "Greedy answers, each until the end of its turn. `DataError` for an empty prompt."
     import torch
     _check_sequences(prompts, 'a prompt')
-    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    longest_first = np.argsort([-len(p) for p in prompts], kind='stable')
     answers = [None] * len(prompts)
 
     def generate(rows):
-        steps = stream_tokens(model, [prompts[i] for i in rows], {*end_ids}, max_new_tokens, pad_id=pad_id)
         batch = [[] for _ in rows]
-        for step in steps:
-            for answer, token in zip(batch, step): answer += [token] if token is not None else []
+        questions = [prompts[i] for i in rows]
+        for step in stream_tokens(model, questions, end_ids, max_new_tokens, pad_id=pad_id):
+            for answer, token in zip(batch, step):
+                if token is not None: answer.append(token)
         return batch
 
     with torch.inference_mode(), precision(model):
         for rows, batch in in_batches(longest_first, batch_size, generate, 'answers' if progress else ''):
-            for i, answer in zip(rows, batch): answers[i] = answer
+            for i, answer in zip(rows, batch):
+                answers[i] = answer
     return answers

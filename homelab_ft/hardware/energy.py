@@ -66,7 +66,8 @@ class EnergyMeter:
     def joules(self) -> float:
         "Energy since `start()`; differences are taken modulo the counter's range."
         now = self.read()
-        for (new, size), (old, _) in zip(now, self._last): self._joules += (new - old) % size / 1e6
+        for (new, size), (old, _) in zip(now, self._last):
+            self._joules += (new - old) % size / 1e6
         self._last = now or self._last
         return self._joules
 

@@ -62,13 +62,11 @@ class Process:
 
 # %% ../../nbs/hardware/02_gpu.ipynb #a2649b22
 def process_name(
-    nvml,            # the module `pynvml`
     pid: int,        # a process
 ) -> str:            # or None
     "A program's name without its folder."
-    try: name = query_nvml(nvml, 'SystemGetProcessName', pid) or psutil.Process(pid).name()
+    try: return psutil.Process(pid).name()
     except psutil.Error: return None
-    return (name.split() or [''])[0].replace('\\', '/').split('/')[-1] or None
 
 def list_processes(
     nvml,            # the module `pynvml`
@@ -82,8 +80,8 @@ def list_processes(
     for p in [*(compute or []), *(graphics or [])]:
         known = [n for n in (memory.get(p.pid), p.usedGpuMemory) if n]
         memory[p.pid] = max(known, default=None)
-    processes = [Process(pid, process_name(nvml, pid), n) for pid, n in memory.items()]
-    return sorted(processes, key=lambda p: -(p.n_bytes or 0))
+    processes = [Process(pid, process_name(pid), n) for pid, n in memory.items()]
+    return sorted(processes, key=lambda p: p.n_bytes or 0, reverse=True)
 
 # %% ../../nbs/hardware/02_gpu.ipynb #9e28e393
 @dataclass

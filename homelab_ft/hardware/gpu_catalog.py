@@ -57,7 +57,7 @@ def normalize_name(
     return re.sub(r'nvidia|geforce|rtx|tesla|generation|edition|gpu|[^a-z0-9]', '', str(name).lower())
 
 # %% ../../nbs/hardware/03_gpu_catalog.ipynb #f39ebc8a
-MEMORY_TOLERANCE = 0.1     # GPUs of one name are the same up to this difference of memory: error correction alone takes a sixteenth
+MEMORY_TOLERANCE = 0.1     # GPUs of one name may differ so much in memory: error correction alone takes a sixteenth
 
 class Gpu(Settings):
     "A GPU: all but `id` and `memory_mib` may be missing, which means that it is not known."
@@ -67,7 +67,7 @@ class Gpu(Settings):
     architecture: str | None = None
     compute_capability: str | None = Field(None, pattern=r'^\d+\.\d$')      # CUDA's number for it; quoted in YAML
     memory_mib: int = Field(ge=1024, le=2**22)                              # total as `nvidia-smi` shows it
-    cuda_mib: tuple[int, int] | None = None                                 # of that, for a CUDA program: lowest and highest reading on Linux
+    cuda_mib: tuple[int, int] | None = None                                 # of that, for a CUDA program: lowest and highest reading
     bandwidth_gbs: float | None = Field(None, ge=10, le=10**5)              # 10^9 bytes per second, data sheet
     bf16_tflops: float | None = Field(None, ge=1, le=10**5)                 # dense, float32 accumulation, at the data sheet's clock
     bf16_kind: Literal['stated', 'computed', 'measured'] | None = None      # where that rate is from
@@ -129,7 +129,8 @@ class Gpu(Settings):
     def table(self) -> Table:
         "Its figures and notes, without the sources."
         rows = [list(pair) for pair in self.row().items()]
-        return Table([self.name or self.id, ''], rows + [['note', note] for note in self.notes])
+        rows += [['note', note] for note in self.notes]
+        return Table([self.name or self.id, ''], rows)
 
     def __str__(self): return str(self.table())
     def _repr_html_(self): return self.table()._repr_html_()
@@ -142,7 +143,8 @@ def read_entries(
     content = read_yaml(path)
     gpus = content.get('gpus') or content.get('cards') or []
     sources = content.get('sources') or {}
-    valid = set(content) <= {'gpus', 'cards', 'sources'} and isinstance(gpus, list) and isinstance(sources, dict)
+    valid = set(content) <= {'gpus', 'cards', 'sources'}
+    valid = valid and isinstance(gpus, list) and isinstance(sources, dict)
     if not valid or not all(isinstance(g, dict) and isinstance(g.get('id'), str) for g in gpus):
         allowed = '"gpus:" with entries that have an id, and "sources:"'
         raise ConfigError(f'{path} is no list of GPUs', allowed=allowed, next_step='correct the file')
@@ -246,8 +248,8 @@ def unknown_gpu(
     "No GPU has that name; those with a similar one."
     ids = {key: gpu.id for gpu in gpus.values() for key in gpu.keys}
     part = normalize_name(name)
-    similar = [i for key, i in ids.items() if part and part in key] or [ids[k] for k in near_matches(part, ids)]
-    similar = list(dict.fromkeys(similar))
+    keys = [key for key in ids if part and part in key] or near_matches(part, ids)
+    similar = list(dict.fromkeys(ids[key] for key in keys))
     add = 'name one of these, or add it to ~/.config/homelab_ft/gpus.yaml'
     return ConfigError(
         'no GPU of that name is known',
@@ -271,6 +273,6 @@ def gpus_table(
 ) -> Table:
     "One row per GPU: memory, speed, power, and the first price of each kind."
     gpus = read_gpus() if gpus is None else gpus
-    rows = [gpu.row() for gpu in gpus.values()]
-    columns = [name for name in rows[0] if name != 'bf16, measured']
-    return Table(['GPU', *columns], [[i, *(row[name] for name in columns)] for i, row in zip(gpus, rows)])
+    rows = [dict(GPU=gpu.id) | gpu.row() for gpu in gpus.values()]
+    for row in rows: del row['bf16, measured']
+    return Table(list(rows[0]), [list(row.values()) for row in rows])

@@ -43,8 +43,9 @@ def cpu_name(
     "The CPU's name as the operating system knows it."
     try: lines = Path(path).read_text().splitlines()
     except OSError: lines = []
-    names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
-    return names[0] if names else platform.processor() or platform.machine()
+    for line in lines:
+        if line.startswith('model name'): return line.partition(':')[2].strip()
+    return platform.processor() or platform.machine()
 
 # %% ../../nbs/hardware/01_machine.ipynb #2b7cba1a
 def open_gpu() -> tuple:    # (the module `pynvml`, the GPU's handle), or (None, None) without a GPU or driver

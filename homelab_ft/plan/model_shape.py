@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core import ModelError, embedded_model, near_matches
-from .model_catalog import CATALOG, KNOWN, MIXTURES, known_config
+from .model_catalog import CATALOG, KNOWN, MODELS_FILE, known_config
 
 # %% ../../nbs/plan/02_model_shape.ipynb #b3b45385
 @dataclass(frozen=True)
@@ -30,22 +30,7 @@ class Architecture:
     expert_bias: bool = False      # experts and router have biases
     sinks: bool = False            # one learned score per query head takes part in the softmax
 
-_QWEN = dict(use_sliding_window=False, sliding_window=4096)
-_GEMMA = dict(head_dim=256, num_key_value_heads=4, tie_word_embeddings=True, sliding_window=4096, attention_bias=False)
-ARCHITECTURES = dict(   # model_type -> `Architecture`
-    llama=Architecture(dict(attention_bias=False, mlp_bias=False)),
-    mistral=Architecture(dict(num_key_value_heads=8, sliding_window=4096)),
-    qwen2=Architecture(dict(num_key_value_heads=32, **_QWEN), qkv_bias=True),
-    qwen3=Architecture(dict(head_dim=128, num_key_value_heads=32, attention_bias=False, **_QWEN), qk_norm=True),
-    phi3=Architecture(dict(sliding_window=None), fused=True),
-    gemma2=Architecture(_GEMMA, layer_norms=4, full_every=2, eager=True),
-    gemma3_text=Architecture(_GEMMA, layer_norms=4, full_every=6, qk_norm=True),
-    mixtral=Architecture(dict(num_key_value_heads=8, sliding_window=None), mixture=True),
-    qwen3_moe=Architecture(dict(num_key_value_heads=4, attention_bias=False, **_QWEN), qk_norm=True, mixture=True),
-    gpt_oss=Architecture(
-        dict(num_key_value_heads=8, head_dim=64, attention_bias=True, sliding_window=128),
-        full_every=2, eager=True, mixture=True, expert_bias=True, sinks=True),
-)
+ARCHITECTURES = {name: Architecture(**traits) for name, traits in MODELS_FILE['architectures'].items()}
 
 # %% ../../nbs/plan/02_model_shape.ipynb #5ce1b53f
 ATTENTION = ('q_proj', 'k_proj', 'v_proj', 'qkv_proj', 'o_proj')    # all other matrices belong to the MLP
@@ -111,13 +96,9 @@ class ModelShape:
     @property
     def small_params(self) -> int:
         "Biases, norms and attention sinks of the whole model: never quantized."
-        layers = self.num_hidden_layers * self.linear_params
-        return self.n_params - layers - self.embedding_params - self.num_hidden_layers * self.expert_params
-
-    @property
-    def expert_params(self) -> int:
-        "Experts (three matrices each) and router of one layer, biases included: never quantized; 0 in a dense model."
-        return (self.counts['experts'] + self.counts['router']) // self.num_hidden_layers
+        counts = self.counts
+        matrices = self.num_hidden_layers * self.linear_params + counts['experts'] + counts['router']
+        return self.n_params - matrices - self.embedding_params
 
     def masked(self,
         length: int,     # tokens per sequence
@@ -178,24 +159,27 @@ def read_experts(
             'only some layers of this model have experts', value='mlp_only_layers, decoder_sparse_step',
             allowed='experts in every layer', next_step='choose another model')
     width = 'moe_intermediate_size' if config['model_type'] == 'qwen3_moe' else 'intermediate_size'
-    sizes = {'num_experts': config.get('num_local_experts', config.get('num_experts')), width: config.get(width)}
+    number = config.get('num_local_experts', config.get('num_experts'))
+    sizes = {'num_experts': number, width: config.get(width)}
     check_sizes(sizes)
-    return sizes['num_experts'], sizes[width]
+    return number, sizes[width]
 
 # %% ../../nbs/plan/02_model_shape.ipynb #2f7e312c
 def layer_linears(
-    sizes: dict,         # of the model
-    arch: Architecture,
-    attention_bias: bool,
-    mlp_bias: bool,
+    sizes: dict,             # of the model
+    arch: Architecture,      # its architecture
+    attention_bias: bool,    # in all four matrices of attention
+    mlp_bias: bool,          # in those of the MLP
 ) -> dict:               # name -> (inputs, outputs, has bias)
     "The `torch.nn.Linear` matrices of one decoder layer."
     hidden, inner = sizes['hidden_size'], sizes['intermediate_size']
     q = sizes['num_attention_heads'] * sizes['head_dim']
     kv = sizes['num_key_value_heads'] * sizes['head_dim']
     if arch.fused: return dict(
-        qkv_proj=(hidden, q + 2 * kv, False), o_proj=(q, hidden, False),
-        gate_up_proj=(hidden, 2 * inner, False), down_proj=(inner, hidden, False))
+        qkv_proj=(hidden, q + 2 * kv, False),
+        o_proj=(q, hidden, False),
+        gate_up_proj=(hidden, 2 * inner, False),
+        down_proj=(inner, hidden, False))
     qkv_bias = attention_bias or arch.qkv_bias
     attention = dict(
         q_proj=(hidden, q, qkv_bias),
@@ -204,7 +188,9 @@ def layer_linears(
         o_proj=(q, hidden, attention_bias))
     if arch.mixture: return attention
     return attention | dict(
-        gate_proj=(hidden, inner, mlp_bias), up_proj=(hidden, inner, mlp_bias), down_proj=(inner, hidden, mlp_bias))
+        gate_proj=(hidden, inner, mlp_bias),
+        up_proj=(hidden, inner, mlp_bias),
+        down_proj=(inner, hidden, mlp_bias))
 
 # %% ../../nbs/plan/02_model_shape.ipynb #67efa016
 def shape_from_config(
@@ -271,7 +257,7 @@ def hub_config(
         allowed='a folder, a config.json, a Hub id, or embedded',
         next_step=f'check the name and the network ({reason}){known}')
 
-# %% ../../nbs/plan/02_model_shape.ipynb #cc892b7b
+# %% ../../nbs/plan/02_model_shape.ipynb #f73dcbf7
 def read_model_config(
     model,               # `embedded`, a folder, a `config.json`, a Hub id, a name of the catalogue, or the configuration as a dict
 ) -> dict:               # content of its `config.json`

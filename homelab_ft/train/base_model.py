@@ -25,7 +25,8 @@ def resolve_device(
     if config.device == 'cpu': return 'cpu'
     if torch.cuda.is_available(): return 'cuda'
     if config.device == 'auto': return 'cpu'
-    raise HardwareError('PyTorch sees no CUDA GPU', value=f'torch {torch.__version__}', allowed='device=cpu on this machine',
+    raise HardwareError('PyTorch sees no CUDA GPU', value=f'torch {torch.__version__}',
+                        allowed='device=cpu on this machine',
                         next_step='install a CUDA build of torch and the driver, or set device=cpu')
 
 def resolve_dtype(
@@ -55,13 +56,13 @@ def validate_method(
     config: RunConfig,      # settings of a run
     device: str,            # from `resolve_device`
 ):
-    "`HardwareError` for settings that need a GPU where there is none, `ConfigError` for settings without effect or a missing package."
+    "`HardwareError` for settings that need a GPU where there is none; `ConfigError` for those without effect or package."
     if config.method == 'full':
-        defaults = RunConfig.model_fields
-        unused = {name: 'is a setting of adapters' for name in ADAPTER_ONLY if getattr(config, name) != defaults[name].default}
-        unused |= {name: 'needs a frozen base' for name in FROZEN_ONLY if getattr(config, name) is True}
-        for name, why in unused.items():
-            raise ConfigError(f'{name} {why}', value=f'{name}={getattr(config, name)}, method=full',
+        for name in ADAPTER_ONLY + FROZEN_ONLY:
+            value = getattr(config, name)
+            if value == RunConfig.model_fields[name].default or (name in FROZEN_ONLY and value is not True): continue
+            why = 'is a setting of adapters' if name in ADAPTER_ONLY else 'needs a frozen base'
+            raise ConfigError(f'{name} {why}', value=f'{name}={value}, method=full',
                               allowed='method=lora, int8 or qlora', next_step=f'leave out {name}, or set method=lora')
     if config.method in ('int8', 'qlora'): require_bitsandbytes(f'method={config.method}')
     if config.optim != 'adamw_torch': require_bitsandbytes(f'optim={config.optim}')
@@ -70,8 +71,8 @@ def validate_method(
         value = getattr(config, name)
         if value in alternatives:
             better = f'{name}={alternatives[value]}'
-            raise HardwareError(f'{name}={str(value).lower()} needs a GPU', value='device=cpu', allowed=f'{better} on this device',
-                                next_step=f'set {better}')
+            raise HardwareError(f'{name}={str(value).lower()} needs a GPU', value='device=cpu',
+                                allowed=f'{better} on this device', next_step=f'set {better}')
 
 # %% ../../nbs/train/01_base_model.ipynb #191e0b00
 def quantization_config(
@@ -90,7 +91,8 @@ def quantization_config(
 
 # %% ../../nbs/train/01_base_model.ipynb #b03a7057
 def quiet_libraries():
-    "Silence messages for programmers: bitsandbytes on an optional package and on casts, peft's use of a name that transformers 5.23 renamed."
+    "Silence messages for programmers."
+    # bitsandbytes on an optional package and on casts; peft's use of a name that transformers 5.23 renamed
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
     warnings.filterwarnings('ignore', message='`is_gradient_checkpointing` is deprecated')
 
@@ -114,7 +116,8 @@ def load_base(
     try: loaded = AutoModelForCausalLM.from_pretrained(model_path(model), **options)
     except (OSError, ValueError, KeyError) as e:
         raise ModelError('the model cannot be loaded', value=f'{model}: {str(e).strip().splitlines()[0]}',
-                         allowed='a causal language model that transformers knows', next_step='check the folder or the Hub id') from e
+                         allowed='a causal language model that transformers knows',
+                         next_step='check the folder or the Hub id') from e
     for module in loaded.modules():
         if hasattr(module, 'support_avx512bf16_for_cpu'): module.support_avx512bf16_for_cpu = False
     return loaded.requires_grad_(False).eval()
@@ -186,8 +189,9 @@ def explain_oom(
     "What to change when the GPU is out of memory."
     if type(error).__name__ != 'OutOfMemoryError': return error
     details = str(error).split('. ')[0]
+    remedy = ('halve per_device_train_batch_size and double gradient_accumulation_steps, '
+              'or set gradient_checkpointing=true, method=qlora, or a smaller max_length')
     if SINGLE_SEQUENCE_OOM in getattr(error, '__notes__', []):
-        return HardwareError('the GPU is out of memory', value=f'{details}; {SINGLE_SEQUENCE_OOM}',
-                             next_step='close what else uses the GPU, or set method=qlora or a smaller max_length')
-    return HardwareError('the GPU is out of memory', value=details, next_step='halve per_device_train_batch_size and double '
-                         'gradient_accumulation_steps, or set gradient_checkpointing=true, method=qlora, or a smaller max_length')
+        details += f'; {SINGLE_SEQUENCE_OOM}'
+        remedy = 'close what else uses the GPU, or set method=qlora or a smaller max_length'
+    return HardwareError('the GPU is out of memory', value=details, next_step=remedy)

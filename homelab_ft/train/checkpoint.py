@@ -70,7 +70,7 @@ def save_checkpoint(
     return write_folder(Path(folder) / f"step-{state['step']:06d}", fill)
 
 # %% ../../nbs/train/05_checkpoint.ipynb #5f3b5a9e
-RENAMED_STATE = {'worse': 'evals_without_improvement', 'peak': 'peak_lr', 'factor_then': 'lr_multiplier_at_change', 'piloted': 'projected'}
+RENAMED_STATE = dict(worse='evals_without_improvement', peak='peak_lr', factor_then='lr_multiplier_at_change', piloted='projected')
 
 def read_checkpoint(
     path,                   # one checkpoint
@@ -81,9 +81,10 @@ def read_checkpoint(
     path = Path(path)
     state = json.loads((path / 'state.json').read_text())
     state = {RENAMED_STATE.get(name, name): value for name, value in state.items()}
-    best = path / 'best.safetensors'
-    return dict(state=state, adapter=load_file(path / 'adapter.safetensors'), best=load_file(best) if best.exists() else None,
-                optimizer=torch.load(path / 'optimizer.pt', map_location='cpu', weights_only=True))
+    adapter = load_file(path / 'adapter.safetensors')
+    best = load_file(path / 'best.safetensors') if (path / 'best.safetensors').exists() else None
+    optimizer = torch.load(path / 'optimizer.pt', map_location='cpu', weights_only=True)
+    return dict(state=state, adapter=adapter, best=best, optimizer=optimizer)
 
 # %% ../../nbs/train/05_checkpoint.ipynb #4a140494
 def checkpoints(

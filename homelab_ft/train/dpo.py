@@ -59,7 +59,7 @@ REFUSED = {'packing': (False, 'the two answers of a pair must stay apart'),
 def check_preference(
     config: RunConfig,  # settings of a run
 ):
-    "`ConfigError` for settings that preference tuning cannot use, before any work; nothing happens for `objective=sft`."
+    "`ConfigError` for settings that preference tuning cannot use; nothing happens for `objective=sft`."
     if config.objective != 'dpo': return
     for name, (allowed, why) in REFUSED.items():
         value = getattr(config, name)
@@ -68,7 +68,8 @@ def check_preference(
                           allowed=f'{name}={allowed}'.lower(), next_step=f'leave out {name}')
     if config.dataset_format not in ('auto', 'preference'):
         raise ConfigError('objective=dpo needs pairs of answers', value=f'dataset_format={config.dataset_format}',
-                          allowed='dataset_format=preference', next_step='set dataset_format=preference, or objective=sft')
+                          allowed='dataset_format=preference',
+                          next_step='set dataset_format=preference, or objective=sft')
     try: version = metadata.version('trl')
     except metadata.PackageNotFoundError: version = 'not installed'
     if not version.startswith(f'{TRL}.'):
@@ -92,8 +93,9 @@ def dpo_trainer(
     adapter = [(p, p.data) for p in model.parameters() if p.requires_grad]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)
-        settings = DPOConfig(output_dir=folder, beta=config.dpo_beta, seed=config.seed, use_cpu=device == 'cpu', bf16=False, max_length=None,
-                             report_to='none', gradient_checkpointing=False, gradient_checkpointing_kwargs={'use_reentrant': False})
+        settings = DPOConfig(output_dir=folder, beta=config.dpo_beta, seed=config.seed, use_cpu=device == 'cpu',
+                             bf16=False, max_length=None, report_to='none', gradient_checkpointing=False,
+                             gradient_checkpointing_kwargs={'use_reentrant': False})
         settings._n_gpu = min(1, settings.n_gpu)      # one process, one GPU: others that are visible are not used
         trainer = Trainer(model=model, args=settings, train_dataset=unused, processing_class=tok)
     if 'ref' in model.peft_config: model.delete_adapter('ref')
@@ -117,7 +119,7 @@ class DPOStep(PaddedStep):
     def batch(self,
         pairs: PreferencePairs, # tokenized pairs
         indices: list,          # which pairs
-    ) -> dict:                  # from TRL's collator, on the model's device: first all chosen answers, then all rejected
+    ) -> dict:                  # tensors on the model's device: first all chosen answers, then all rejected
         "Some pairs as one padded batch."
         device = self.model.get_input_embeddings().weight.device
         examples = [dict(zip(('prompt_ids', 'chosen_ids', 'rejected_ids'), pairs.pair(i))) for i in indices]
@@ -206,7 +208,9 @@ def load_pairs(
     "Both answers of one part; `DataError` if there are no rejected answers, or the two files do not belong together."
     chosen, rejected = (Path(folder) / f'{name}.safetensors' for name in (part, f'{part}_rejected'))
     if not rejected.exists():
-        raise DataError('the prepared data holds no pairs', value=folder, allowed='dataset_format=preference', next_step='prepare preference data')
+        raise DataError('the prepared data holds no pairs', value=folder, allowed='dataset_format=preference',
+                        next_step='prepare preference data')
     pairs = PreferencePairs(load_cache(chosen), load_cache(rejected))
     if pairs.chosen.rows.tolist() == pairs.rejected.rows.tolist(): return pairs
-    raise DataError('chosen and rejected answers do not belong together', value=rejected, next_step='prepare the data again')
+    raise DataError('chosen and rejected answers do not belong together', value=rejected,
+                    next_step='prepare the data again')

@@ -29,7 +29,8 @@ def start(
 # %% ../../nbs/train/09_launcher.ipynb #df70b34c
 EVENT_MESSAGES = {
     'training': 'training step: {engine}',
-    'projection': 'the run takes about {seconds:.0f} s ({seconds_low:.0f} to {seconds_high:.0f}), {kwh:.4f} kWh ({watts_source}), {cost:.4f} {currency}',
+    'projection': 'the run takes about {seconds:.0f} s ({seconds_low:.0f} to {seconds_high:.0f}), '
+                  '{kwh:.4f} kWh ({watts_source}), {cost:.4f} {currency}',
     'shortened': 'shortened from {before} to {total_steps} steps, to end within {max_minutes:g} minutes',
     'early_stopped': 'the validation loss no longer improves: stopped early, best at step {best_step}'}
 

@@ -23,7 +23,8 @@ def linear_names(
     "The last parts of the names of all linear layers but the output head."
     import torch
     head = model.get_output_embeddings()
-    return sorted({name.split('.')[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head})
+    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    return sorted({name.split('.')[-1] for name in linear})
 
 def resolve_targets(
     target_modules,         # `all-linear`, a name, or a list of names
@@ -34,7 +35,8 @@ def resolve_targets(
     for target in targets or ['']:
         if target == 'all-linear' or target.split('.')[-1] in names: continue
         near = near_matches(target, [*names, 'all-linear'])
-        raise ConfigError('target_modules: the model has no such layer', value=target, allowed=', '.join(names) + ' or all-linear',
+        raise ConfigError('target_modules: the model has no such layer', value=target,
+                          allowed=', '.join(names) + ' or all-linear',
                           next_step=f'did you mean {near[0]}?' if near else 'use the names above')
     return target_modules if target_modules == 'all-linear' else targets
 
@@ -48,22 +50,23 @@ def check_targets(
     except (OSError, ValueError) as e:
         raise ModelError('the model config cannot be read', value=f'{config.model}: {str(e).strip().splitlines()[0]}',
                          next_step='check the folder or the Hub id') from e
-    with torch.device('meta'): names = linear_names(AutoModelForCausalLM.from_config(model_config, trust_remote_code=False))
+    with torch.device('meta'): model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+    names = linear_names(model)
     resolve_targets(config.target_modules, names)
     return names
 
 # %% ../../nbs/train/02_lora.ipynb #7b842b1b
 def attach_lora(
     model,                  # frozen base model
-    config: RunConfig,      # `lora_r`, `lora_alpha`, `lora_dropout`, `target_modules`, `use_rslora`, `use_dora`, `neftune_noise_alpha`, `seed`
+    config: RunConfig,      # the settings of LoRA, `neftune_noise_alpha`, `seed`
 ):                          # peft's PeftModel around it, in training mode
     "Put a fresh float32 adapter beside the chosen layers."
     import torch
     from peft import LoraConfig, get_peft_model
     targets = resolve_targets(config.target_modules, linear_names(model))
     torch.manual_seed(config.seed)
-    settings = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=targets,
-                          use_rslora=config.use_rslora, use_dora=config.use_dora, task_type='CAUSAL_LM')
+    settings = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+                          target_modules=targets, use_rslora=config.use_rslora, use_dora=config.use_dora, task_type='CAUSAL_LM')
     add_neftune(model, config.neftune_noise_alpha)
     return get_peft_model(model, settings, autocast_adapter_dtype=True).train()
 
@@ -145,12 +148,12 @@ def load_adapter(
     folder,                 # from `save_adapter`, or any LoRA folder of peft
     trainable: bool = False,  # to train an adapter further
 ):                          # peft's PeftModel, or the fully fine-tuned transformers model
-    "The base with a saved adapter, or the fully fine-tuned model in its place, in evaluation mode; `ModelError` if there is none or it does not fit."
+    "The base with a saved adapter, or the fully fine-tuned model; `ModelError` if there is none or it does not fit."
     from peft import PeftModel
     if (Path(folder) / 'config.json').exists(): return load_full(model, folder)
     if not (Path(folder) / 'adapter_config.json').exists():
-        raise ModelError('there is no adapter in this folder', value=folder, allowed='adapter_config.json and adapter_model.safetensors',
-                         next_step='check the path')
+        raise ModelError('there is no adapter in this folder', value=folder,
+                         allowed='adapter_config.json and adapter_model.safetensors', next_step='check the path')
     try: return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable).eval()
     except (RuntimeError, ValueError, OSError) as e:
         raise ModelError('the adapter does not fit this base model', value=str(e).strip().splitlines()[0],

@@ -43,9 +43,10 @@ class Projection:
     def table(self) -> Table:
         "Time, energy and cost, with their sources."
         low, high = fmt_duration(self.seconds_low), fmt_duration(self.seconds_high)
+        steps = f'from {self.measured_steps} of {self.total_steps} steps'
         price = f'{self.cost / self.kwh:.2f} {self.currency} per kWh' if self.kwh else 'no energy'
         return Table(['projection', '', 'from'], [
-            ['time', fmt_duration(self.seconds), f'95 %: {low} to {high}, from {self.measured_steps} of {self.total_steps} steps'],
+            ['time', fmt_duration(self.seconds), f'95 %: {low} to {high}, {steps}'],
             ['energy', f'{self.kwh:.3g} kWh', f'{self.watts:.0f} W, {self.watts_source}'],
             ['cost', f'{self.cost:.2g} {self.currency}', price]])
 
@@ -63,10 +64,11 @@ def project(
 ) -> Projection:
     "Time, energy and cost of a run from its first steps; `ConfigError` for durations that cannot be used."
     if not step_seconds or not all(0 <= s < math.inf for s in step_seconds):
-        raise ConfigError('there are no usable steps to project from', value=step_seconds, allowed='durations in seconds', next_step='time at least two steps')
+        raise ConfigError('there are no usable steps to project from', value=step_seconds, allowed='durations in seconds',
+                          next_step='time at least two steps')
     if min(total_steps, watts, price) < 0:
-        raise ConfigError('a projection needs numbers of 0 or more', value=(total_steps, watts, price), allowed='0 or more',
-                          next_step='check steps, watts and price')
+        raise ConfigError('a projection needs numbers of 0 or more', value=(total_steps, watts, price),
+                          allowed='0 or more', next_step='check steps, watts and price')
     steps = step_seconds[1:] or step_seconds
     low, middle, high = total_seconds(steps, total_steps)
     kwh = watts * middle / 3.6e6

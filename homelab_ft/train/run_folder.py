@@ -21,8 +21,8 @@ from ..io import append_jsonl, now, read_jsonl, write_atomic, write_json
 
 # %% ../../nbs/train/06_run_folder.ipynb #9bc6bf86
 MANIFEST_VERSION = 2
-RENAMED_ENGINE = dict(rows='packed', lora='fused_lora', loss='chunked_loss', graph='cuda_graph', table='embedding_offload',
-                      recompute='policies', tile='mlp_chunk', held='merged_layers')      # version 1 -> 2
+RENAMED_ENGINE = dict(rows='packed', lora='fused_lora', loss='chunked_loss', graph='cuda_graph',      # version 1 -> 2
+                      table='embedding_offload', recompute='policies', tile='mlp_chunk', held='merged_layers')
 
 def upgrade_manifest(
     manifest: dict,          # as written by any version
@@ -84,16 +84,18 @@ def create_run(
     config: RunConfig,       # `run_name` empty: named by date and time
     runs_dir=None,           # folder of all runs; None: the config's
 ) -> RunFolder:
-    "A new run folder with settings and manifest; `RunError` if the name is not possible or the folder cannot be written."
+    "A new run folder with settings and manifest; `RunError` for a bad name, or a folder that cannot be written."
     runs_dir = Path(runs_dir or config.runs_dir)
     name = config.run_name or time.strftime('%Y-%m-%d_%H-%M-%S')
     if not re.fullmatch(r'\w[\w.-]*', name):
-        raise RunError('a run cannot have this name', value=name, allowed='letters, digits, dot, dash, underscore', next_step='set another run_name')
+        raise RunError('a run cannot have this name', value=name, allowed='letters, digits, dot, dash, underscore',
+                       next_step='set another run_name')
     if (runs_dir / name).exists():
         raise RunError('there is a run with this name, and nothing is overwritten', value=runs_dir / name,
                        next_step='continue it with --resume, or set another run_name')
     new = RunFolder(runs_dir / f'.{name}.{os.getpid()}.tmp')
-    manifest = dict(manifest_version=MANIFEST_VERSION, name=name, created=now(), versions=versions(), platform=platform.platform())
+    manifest = dict(manifest_version=MANIFEST_VERSION, name=name, created=now(), versions=versions(),
+                    platform=platform.platform())
     try:
         write_atomic(new.config_path, dump_config(config))
         write_json(new.manifest_path, manifest)
@@ -113,7 +115,8 @@ def open_run(
         if (folder / 'config.yaml').exists(): return RunFolder(folder)
     names = sorted(p.parent.name for p in Path(runs_dir).glob('*/config.yaml') if not p.parent.name.startswith('.'))
     near = near_matches(Path(path_or_name).name, names)
-    raise RunError('there is no such run', value=path_or_name, allowed=', '.join(near or names) or f'no runs yet in {runs_dir}',
+    raise RunError('there is no such run', value=path_or_name,
+                   allowed=', '.join(near or names) or f'no runs yet in {runs_dir}',
                    next_step=f'did you mean {near[0]}?' if near else 'check the name')
 
 # %% ../../nbs/train/06_run_folder.ipynb #356fe9b4
@@ -180,7 +183,8 @@ class RunLock:
     def __enter__(self):
         try: self.lock.acquire(timeout=3)
         except Timeout:
-            raise RunError('another process is training this run', value=self.run.path, next_step='watch it, or stop it first') from None
+            raise RunError('another process is training this run', value=self.run.path,
+                           next_step='watch it, or stop it first') from None
         return self
 
     def __exit__(self, *error): self.lock.release()
@@ -278,9 +282,11 @@ def check_command(
     "`RunError` for an unknown command or an impossible value."
     if command not in COMMANDS:
         near = near_matches(command, COMMANDS)
-        raise RunError('unknown command', value=command, allowed=', '.join(COMMANDS), next_step=f'did you mean {near[0]}?' if near else None)
+        raise RunError('unknown command', value=command, allowed=', '.join(COMMANDS),
+                       next_step=f'did you mean {near[0]}?' if near else None)
     if command == 'learning_rate' and not (type(value) in (int, float) and 0 < value < 1):
-        raise RunError('a learning rate is needed', value=repr(value), allowed='a number between 0 and 1', next_step='for example 1e-4')
+        raise RunError('a learning rate is needed', value=repr(value), allowed='a number between 0 and 1',
+                       next_step='for example 1e-4')
 
 # %% ../../nbs/train/06_run_folder.ipynb #e19feb49
 def send(
@@ -292,7 +298,8 @@ def send(
     check_command(command, value)
     state = status(run).state
     if state not in ('new', 'running', 'paused'):
-        raise RunError('nobody reads commands: the run is not running', value=f'{run.name} is {state}', next_step='resume it first')
+        raise RunError('nobody reads commands: the run is not running', value=f'{run.name} is {state}',
+                       next_step='resume it first')
     append_jsonl(run.control_path, {'command': command, 'value': value, 'time': now()})
 
 # %% ../../nbs/train/06_run_folder.ipynb #2a430a85

@@ -103,7 +103,7 @@ def learning_rate(
 # %% ../../nbs/train/07_schedule.ipynb #5ffec923
 def make_optimizer(
     model,                  # with trainable parameters
-    config: RunConfig,      # `optim`, `learning_rate`, `loraplus_lr_ratio`, `weight_decay`, `adam_beta1`, `adam_beta2`, `adam_epsilon`
+    config: RunConfig,      # `optim`, `learning_rate`, `loraplus_lr_ratio`, and the constants of AdamW
 ):                          # a torch optimizer
     "AdamW with states in the precision of `config.optim`. `train_step` sets the learning rates."
     import torch
@@ -119,8 +119,8 @@ def make_optimizer(
                    betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
     if config.optim == 'adamw_torch': return torch.optim.AdamW(groups, fused=True, **options)
     import bitsandbytes.optim as bnb
-    optimizers = dict(adamw_8bit=bnb.AdamW8bit, paged_adamw_8bit=bnb.PagedAdamW8bit, paged_adamw_32bit=bnb.PagedAdamW32bit)
-    return optimizers[config.optim](groups, **options)
+    names = dict(adamw_8bit='AdamW8bit', paged_adamw_8bit='PagedAdamW8bit', paged_adamw_32bit='PagedAdamW32bit')
+    return getattr(bnb, names[config.optim])(groups, **options)
 
 # %% ../../nbs/train/07_schedule.ipynb #e3817978
 def make_states(

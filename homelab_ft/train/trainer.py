@@ -11,6 +11,7 @@ __all__ = ['TrainState', 'PendingMetrics', 'TrainerContext', 'train_step', 'queu
 import math, os, signal, statistics, sys, time, traceback
 from collections import deque
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 
 from ..config import RunConfig
 from ..core import HomelabError, RunError
@@ -79,7 +80,6 @@ class TrainerContext:
     durations: list = field(default_factory=list)     # seconds of each step of this process
     epoch: int = -1                # whose order is in `epoch_order`
     epoch_order: list = None       # micro-batches of each step of the epoch
-    n_sequences: int = 0           # training sequences that batch sizes count
     clock: float = 0.              # when time was last counted
     paused: bool = False
     stopping: bool = False
@@ -89,14 +89,17 @@ class TrainerContext:
         "The trained parameters."
         return [p for group in self.optimizer.param_groups for p in group['params']]
 
+    @cached_property
+    def n_sequences(self) -> int:
+        "Training sequences that batch sizes count."
+        return count_sequences(self.train.lengths, self.config)
+
     def microbatches(self) -> list:
         "The micro-batches of the next step, as lists of example numbers."
-        lengths = self.train.lengths
-        self.n_sequences = self.n_sequences or count_sequences(lengths, self.config)
         epoch, i = divmod(self.state.step, steps_per_epoch(self.n_sequences, self.config))
         if epoch != self.epoch:
             self.epoch = epoch
-            self.epoch_order = epoch_steps(lengths, self.config, epoch)
+            self.epoch_order = epoch_steps(self.train.lengths, self.config, epoch)
         return self.epoch_order[i]
 
     def count_time(self):
@@ -128,9 +131,9 @@ def train_step(
 
     state.step += 1
     state.tokens += tokens
-    extra = getattr(ctx.step, 'metrics', {})
-    queue_metrics(ctx, dict(kind='train', step=state.step, learning_rate=rate, tokens=state.tokens,
-                            seconds=round(state.seconds, 3), **extra), loss, norm)
+    record = dict(kind='train', step=state.step, learning_rate=rate, tokens=state.tokens, seconds=round(state.seconds, 3))
+    record |= getattr(ctx.step, 'metrics', {})      # of a preference step
+    queue_metrics(ctx, record, loss, norm)
     read_losses(ctx, leave=1 if loss.is_cuda else 0)
     ctx.durations.append(time.monotonic() - started)
     if len(ctx.durations) > 1:
@@ -146,7 +149,8 @@ def queue_metrics(
 ):
     "Start the copy of loss and gradient norm to CPU RAM, without waiting for it."
     import torch
-    numbers, arrived = torch.stack([loss.detach().float(), norm.detach().float()]), None
+    numbers = torch.stack([loss.detach().float(), norm.detach().float()])
+    arrived = None
     if numbers.is_cuda:
         numbers = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
         arrived = torch.cuda.current_stream().record_event()
@@ -163,11 +167,13 @@ def read_losses(
         numbers = current_port().read_numbers(pending.numbers, pending.arrived)
         if numbers is None: continue      # a dry run computes no values
         loss, norm = numbers
+        record = pending.record
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise RunError(f"the loss is no longer a number at step {pending.record['step']}", value=f'loss {loss}, gradient norm {norm}',
-                           next_step=f"lower the learning rate (it was {pending.record['learning_rate']:.1e}); earlier checkpoints are intact")
+            rate = record['learning_rate']
+            raise RunError(f"the loss is no longer a number at step {record['step']}", value=f'loss {loss}, gradient norm {norm}',
+                           next_step=f'lower the learning rate (it was {rate:.1e}); earlier checkpoints are intact')
         ctx.state.loss = loss
-        log_metrics(ctx.run, loss=loss, grad_norm=norm, **pending.record)
+        log_metrics(ctx.run, loss=loss, grad_norm=norm, **record)
 
 # %% ../../nbs/train/08_trainer.ipynb #e370b7b8
 def save(
@@ -197,7 +203,8 @@ def validate(
         if ctx.config.objective == 'dpo': loss, extra = ctx.step.mean_loss(ctx.validation, batch_size)
         else: loss = mean_nll(ctx.model, ctx.validation, batch_size=batch_size)
     if not math.isfinite(loss):
-        raise RunError(f'the validation loss is not a number at step {state.step}', value=loss, next_step='lower the learning rate')
+        raise RunError(f'the validation loss is not a number at step {state.step}', value=loss,
+                       next_step='lower the learning rate')
     state.evaluated = state.step
     state.evals_without_improvement += 1
     if loss < state.best_loss:
@@ -206,7 +213,8 @@ def validate(
         state.evals_without_improvement = 0
         ctx.best = adapter_tensors(ctx.model)
     ctx.count_time()
-    log_metrics(ctx.run, kind='eval', step=state.step, loss=loss, tokens=state.tokens, seconds=round(state.seconds, 3), **extra)
+    log_metrics(ctx.run, kind='eval', step=state.step, loss=loss, tokens=state.tokens,
+                seconds=round(state.seconds, 3), **extra)
 
 # %% ../../nbs/train/08_trainer.ipynb #d1ce9c41
 def log_projection(
@@ -216,7 +224,8 @@ def log_projection(
     state, config, meter = ctx.state, ctx.config, ctx.meter
     state.projected = True
     watts = meter.joules() / max(1e-9, state.seconds)
-    projection = project(ctx.durations, state.total_steps, watts, meter.source, config.electricity_price, config.currency)
+    projection = project(ctx.durations, state.total_steps, watts, meter.source,
+                         config.electricity_price, config.currency)
     log_event(ctx.run, 'projection', **asdict(projection))
     shorten_schedule(ctx, statistics.fmean(ctx.durations[1:]))
 
@@ -285,7 +294,7 @@ def training_loop(
     "Steps until the plan is done, the validation loss stops improving, or a command stops the run."
     state, config = ctx.state, ctx.config
     patience = config.early_stopping_patience or math.inf
-    n = count_sequences(ctx.train.lengths, config)
+    n = ctx.n_sequences
     ctx.clock = time.monotonic()
     while state.step < state.total_steps and state.evals_without_improvement < patience:
         train_step(ctx)
@@ -328,7 +337,8 @@ def load_run(
     check_targets(config)
 
     weights_dtype = 'float32' if config.method == 'full' else dtype
-    base = load_base(config.model, config.method, weights_dtype, device, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
+    base = load_base(config.model, config.method, weights_dtype, device,
+                     config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
     n_bytes = weight_bytes(base)
     model = attach(base, config, dtype)
     trainable, total = trainable_parameters(model)
@@ -337,12 +347,14 @@ def load_run(
     optimizer = make_optimizer(model, config)
     if config.objective == 'dpo': step = preference_step(model, config, train, device)
     else: step = build_step(model, config, train, device, dtype)
-    update_manifest(run, machine=asdict(detect_machine()), device=device, dtype=dtype, engine=features_json(step.features),
-                    base_model=model_fingerprint(config.model), training_rows=train.fingerprint, trainable_parameters=trainable,
-                    parameters=total, weight_bytes=n_bytes, loading_seconds=round(time.monotonic() - started, 2))
-    n_steps = total_steps(count_sequences(train.lengths, config), config)
-    state = TrainState(total_steps=n_steps, peak_lr=config.learning_rate)
-    return TrainerContext(run, config, model, step, optimizer, train, validation, state, EnergyMeter(config.assumed_watts))
+    update_manifest(run, machine=asdict(detect_machine()), device=device, dtype=dtype,
+                    engine=features_json(step.features), base_model=model_fingerprint(config.model),
+                    training_rows=train.fingerprint, trainable_parameters=trainable, parameters=total,
+                    weight_bytes=n_bytes, loading_seconds=round(time.monotonic() - started, 2))
+    state, meter = TrainState(peak_lr=config.learning_rate), EnergyMeter(config.assumed_watts)
+    ctx = TrainerContext(run, config, model, step, optimizer, train, validation, state, meter)
+    state.total_steps = total_steps(ctx.n_sequences, config)
+    return ctx
 
 # %% ../../nbs/train/08_trainer.ipynb #46ef2fd3
 def restore(
@@ -373,8 +385,9 @@ def finish(
     tok = None
     if config.method == 'full': tok = load_tokenizer(config.model, config.chat_template, needs_template=False)
     save_adapter(ctx.model, ctx.run.adapter_path, ctx.best, tok)
-    log_event(ctx.run, outcome, step=state.step, final_loss=state.loss, best_eval_loss=state.best_loss if ctx.best else None,
-              best_step=state.best_step, seconds=state.seconds, tokens=state.tokens,
+    log_event(ctx.run, outcome, step=state.step, final_loss=state.loss,
+              best_eval_loss=state.best_loss if ctx.best else None, best_step=state.best_step,
+              seconds=state.seconds, tokens=state.tokens,
               tokens_per_second=state.timed_tokens / max(1e-9, state.timed_seconds), joules=state.joules,
               energy_source=ctx.meter.source, control_line=state.control_line, **peak_memory())
 
@@ -391,8 +404,9 @@ def train(
         try:
             ctx = load_run(run)
             restore(ctx)
-            ctx.state.control_line = control_line
-            log_event(run, 'training', step=ctx.state.step, total_steps=ctx.state.total_steps, engine=describe_step(ctx.step.features))
+            state = ctx.state
+            state.control_line = control_line
+            log_event(run, 'training', step=state.step, total_steps=state.total_steps, engine=describe_step(ctx.step.features))
             finish(ctx, training_loop(ctx))
         except Exception as e:
             error = explain_oom(e)

@@ -15,7 +15,7 @@ from ..plots import WIDTH, loss_svg
 from ..train.run_folder import RunFolder, RunStatus, history, send, status
 
 # %% ../../nbs/ui/02_dashboard.ipynb #53f3aff1
-STATE_COLORS = dict(new='#999999', running='#009E73', paused='#E69F00', stopped='#999999', finished='#0072B2', failed='#D55E00', interrupted='#D55E00')
+STATE_COLORS = dict(running='#009E73', paused='#E69F00', finished='#0072B2', failed='#D55E00', interrupted='#D55E00')
 
 def figures(
     now: RunStatus,      # from `status`
@@ -37,18 +37,23 @@ def dashboard_html(
     "Everything that is known about a run."
     color = STATE_COLORS.get(now.state, '#999999')
     done = min(now.step / now.total_steps, 1) if now.total_steps else 0
-    cells = ''.join(f'<div style="margin-right:2em"><div style="opacity:.6;font-size:85%">{key}</div>'
-                    f'<div style="font-size:115%">{html.escape(text)}</div></div>' for key, text in figures(now).items())
-    error = f'<pre style="border-left:4px solid #D55E00;padding-left:.8em;white-space:pre-wrap">{html.escape(now.error)}</pre>' if now.error else ''
-    return (f'<div style="font-family:sans-serif"><div style="margin:.3em 0"><b>{html.escape(name)}</b> '
-            f'<span style="background:{color};color:white;border-radius:9px;padding:1px 10px">{html.escape(now.state)}</span></div>'
-            f'<div style="background:rgba(128,128,128,.25);border-radius:4px;height:10px;overflow:hidden;max-width:{WIDTH}px">'
-            f'<div style="width:{done:.1%};height:100%;background:{color}"></div></div>'
-            f'<div style="display:flex;flex-wrap:wrap;margin:.6em 0">{cells}</div>{loss_svg(curves, now.total_steps)}{error}</div>')
+    cells = ''.join(f"""<div style="margin-right:2em"><div style="opacity:.6;font-size:85%">{key}</div>
+        <div style="font-size:115%">{html.escape(text)}</div></div>""" for key, text in figures(now).items())
+    error = ''
+    if now.error:
+        style = 'border-left:4px solid #D55E00;padding-left:.8em;white-space:pre-wrap'
+        error = f'<pre style="{style}">{html.escape(now.error)}</pre>'
+    return f"""<div style="font-family:sans-serif">
+        <div style="margin:.3em 0"><b>{html.escape(name)}</b>
+        <span style="background:{color};color:white;border-radius:9px;padding:1px 10px">{html.escape(now.state)}</span></div>
+        <div style="background:#8884;border-radius:4px;height:10px;overflow:hidden;max-width:{WIDTH}px">
+        <div style="width:{done:.1%};height:100%;background:{color}"></div></div>
+        <div style="display:flex;flex-wrap:wrap;margin:.6em 0">{cells}</div>
+        {loss_svg(curves, now.total_steps)}{error}</div>"""
 
 # %% ../../nbs/ui/02_dashboard.ipynb #782cdd2d
 BUTTONS = dict(pause='pause', resume='play', stop='stop', save='save', evaluate='check')      # command -> icon
-ACTIVE_STATES = ('new', 'running', 'paused')                                                  # a process reads commands, or will
+ACTIVE_STATES = ('new', 'running', 'paused')       # a process reads commands, or will
 
 def enabled_commands(
     state: str,          # of the run
@@ -73,7 +78,8 @@ class Dashboard(W.VBox):
         row = [*self.buttons.values(), self.rate]
         self.buttons['learning_rate'] = W.Button(description='set', layout={'width': '4em'})
         row.append(self.buttons['learning_rate'])
-        for command, button in self.buttons.items(): button.on_click(lambda _, command=command: self.send_command(command))
+        for command, button in self.buttons.items():
+            button.on_click(lambda _, command=command: self.send_command(command))
         super().__init__([self.view, W.HBox(row, layout=W.Layout(flex_flow='row wrap')), self.message])
         self.closed = threading.Event()
         self.was_active = self.refresh() in ACTIVE_STATES

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_LOGITS', 'INPLACE_LOGITS', 'MAX_CHUNK_VALUES', 'chunk_size']
 
-# %% ../../../../nbs/train/engine/ops/09_chunk_rules.ipynb #040c268e
+# %% ../../../../nbs/train/engine/ops/09_chunk_rules.ipynb #fec3694c
 MAX_LOGITS = 2**27          # logits that exist at once
 INPLACE_LOGITS = 2**26      # the same where the loss is computed in place
 MAX_CHUNK_VALUES = 2**25    # values of a product that is added to the output head's gradient

@@ -96,7 +96,7 @@ def test_reference_is_the_base_and_not_the_adapter_as_it_was(folder):
 
 
 @pytest.mark.parametrize('k', [1, 2])
-def test_validation_on_a_card_that_is_too_full(folder, k):
+def test_validation_on_a_gpu_that_is_too_full(folder, k):
     pairs = pairs_of(7)
     steps, tried = engine(folder, pairs), []
     loss, seen = steps.mean_loss(pairs, 4)

@@ -1,4 +1,4 @@
-"Attention between rows end to end: masks by brute force, parity with transformers' own attention on padded rows, and which models are refused."
+"Attention over packed sequences: masks by brute force, parity with transformers' own attention on padded batches, unsupported models."
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from transformers import (AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GptOssConfig, GptOssForCausalLM,
+from transformers import (Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GptOssConfig, GptOssForCausalLM,
                           Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen3Config,
                           Qwen3ForCausalLM)
 
 from homelab_ft.train.engine.ops import varlen_attention as attention
-from homelab_ft.train.engine.ops.varlen_attention import SUPPORTS_GQA, NAME, attend, batched_attention, time_kernels, masked_attention, block_causal_mask, use_varlen_attention, varlen_attention, unsupported_attention
+from homelab_ft.train.engine.ops.varlen_attention import (NAME, attend, batched_attention, block_causal_mask, masked_attention, time_kernels, unsupported_attention,
+                                                          use_varlen_attention, varlen_attention)
 from homelab_ft.train.engine.ops.device import DevicePort
 from homelab_ft.train.engine.padded import accumulate, mean_nll
 from homelab_ft.train.engine.batching import collate
@@ -22,7 +23,7 @@ FAMILIES = {'llama': (LlamaConfig, LlamaForCausalLM, {}), 'qwen3': (Qwen3Config,
             'mistral': (MistralConfig, MistralForCausalLM, dict(sliding_window=4)), 'phi3': (Phi3Config, Phi3ForCausalLM, dict(sliding_window=6)),
             'gemma3': (Gemma3TextConfig, Gemma3ForCausalLM, dict(head_dim=8, sliding_window=5, layer_types=['sliding_attention', 'full_attention']))}
 UNEVEN, EVEN = [7, 13, 2, 9, 1, 4], [8, 8, 8]
-card = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a card')
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 
 
 def toy(name, **more):
@@ -31,26 +32,26 @@ def toy(name, **more):
     return model(config(**SMALL, **settings, **more))
 
 
-class PackedStep:
+class Sequences:
     def __init__(self, lengths, seed=0):
         rng = np.random.default_rng(seed)
         self.lengths = np.array(lengths)
         self.rows = [(rng.integers(1, 96, n).astype(np.int32), (rng.random(n) < 0.6).astype(np.uint8)) for n in lengths]
     def row(self, i): return self.rows[i]
-    def learned(self): return [int((mask[1:] > 0).sum()) for _, mask in self.rows]
+    def label_tokens(self): return [int((mask[1:] > 0).sum()) for _, mask in self.rows]
     def __len__(self): return len(self.rows)
 
 
-def flat(cache, grain=16, device='cpu'):
-    rows, n = list(range(len(cache))), sum(cache.learned())
-    arrays = collate_packed(cache, rows, bucket_shape(cache.lengths, cache.learned(), rows, grain, max(cache.lengths)), int(max(cache.lengths)), n)
+def packed(cache, grain=16, device='cpu'):
+    rows, n = list(range(len(cache))), sum(cache.label_tokens())
+    arrays = collate_packed(cache, rows, bucket_shape(cache.lengths, cache.label_tokens(), rows, grain, max(cache.lengths)), int(max(cache.lengths)), n)
     return {k: torch.from_numpy(v).to(device) for k, v in arrays.items()}
 
 
-def flat_loss(model, b, longest, even=False):
+def packed_loss(model, b, longest, even=False):
     hidden = model.base_model(input_ids=b['input_ids'], position_ids=b['position_ids'], use_cache=False, cu_seqlens=b['cu_seqlens'], max_seq_len=longest,
                               equal_lengths=even).last_hidden_state[0]
-    return (F.cross_entropy(model.lm_head(hidden[b['at']]).float(), b['targets'], reduction='none') * b['weights']).sum()
+    return (F.cross_entropy(model.lm_head(hidden[b['label_positions']]).float(), b['targets'], reduction='none') * b['weights']).sum()
 
 
 def gradient(model):
@@ -59,7 +60,7 @@ def gradient(model):
     return g
 
 
-def stock(model, cache):
+def padded_result(model, cache):
     loss = accumulate(model, [collate(cache, list(range(len(cache))), 0)])[0].item()
     return loss, gradient(model)
 
@@ -78,7 +79,7 @@ def cuts_of(lengths): return torch.tensor([0, *np.cumsum(lengths).tolist()], dty
 # ---------------------------------------------------------------- masks and kernels
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(-1, 6))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_the_mask_by_brute_force(lengths, window):
     row = [i for i, n in enumerate(lengths) for _ in range(n)]
     seen = [[row[i] == row[j] and 0 <= i - j and (window < 0 or i - j <= window) for j in range(len(row))] for i in range(len(row))]
@@ -99,7 +100,7 @@ def test_masked_attention_is_the_formula_row_by_row(lengths, window, seed):
 
 
 @pytest.mark.parametrize('length', [1, 4, 12])
-def test_parity_of_the_rectangle_with_the_mask(length):
+def test_parity_of_the_batch_with_the_mask(length):
     a, b = tensors(12), tensors(12)
     outs = batched_attention(*a, length, 0.3), masked_attention(*b, torch.arange(0, 13, length, dtype=torch.int32), 0.3)
     for out in outs: out.square().sum().backward()
@@ -115,22 +116,17 @@ def test_values_may_be_narrower_than_keys():
 
 
 @pytest.mark.parametrize('grouped', [True, False])
-def test_what_the_variable_length_kernel_is_told(monkeypatch, grouped):
-    told = {}
+def test_arguments_of_the_variable_length_kernel(monkeypatch, grouped):
+    seen = {}
     def fake(q, k, v, *rest, **more):
-        told.update(more, heads=k.shape[1], rest=rest)
+        seen.update(more, heads=k.shape[1], rest=rest)
         return q
     monkeypatch.setattr(attention, 'varlen_attn', fake)
     monkeypatch.setattr(attention, 'SUPPORTS_GQA', grouped)
     cuts = cuts_of([5, 3])
     varlen_attention(*tensors(8), cuts, 5, 0.3, window=2)
-    assert told.pop('rest') == (cuts, cuts, 5, 5)
-    assert told == dict(scale=0.3, window_size=(2, 0), heads=2 if grouped else 4, **({'enable_gqa': True} if grouped else {}))
-
-
-def test_grouped_is_read_off_pytorch():
-    version = tuple(int(x) for x in torch.__version__.split('+')[0].split('.')[:2])
-    assert SUPPORTS_GQA == (version >= (2, 12))
+    assert seen.pop('rest') == (cuts, cuts, 5, 5)
+    assert seen == dict(scale=0.3, window_size=(2, 0), heads=2 if grouped else 4, **({'enable_gqa': True} if grouped else {}))
 
 
 @pytest.mark.parametrize('kernel', ['FLASH_ATTENTION', 'CUDNN_ATTENTION', 'varlen', 'sdpa'])
@@ -151,17 +147,17 @@ def call(q, k, v, **more):
     return attend(layer, *(t.transpose(0, 1)[None] for t in (q, k, v)), None, **more)[0]
 
 
-@pytest.mark.parametrize('even, window, on_card, expected', [(False, None, False, 'masked'), (True, None, False, 'batched'), (True, 4, False, 'masked'), (True, 8, False, 'batched'),
+@pytest.mark.parametrize('equal, window, has_flash, expected', [(False, None, False, 'masked'), (True, None, False, 'batched'), (True, 4, False, 'masked'), (True, 8, False, 'batched'),
                                                              (False, None, True, 'varlen'), (True, None, True, 'batched'), (True, 4, True, 'varlen')])
-def test_which_way_is_taken(monkeypatch, even, window, on_card, expected):
-    taken = []
-    for name in ('masked', 'batched', 'varlen'): monkeypatch.setattr(attention, f'{name}_attention', lambda q, *_, name=name: taken.append(name) or q)
-    monkeypatch.setattr(DevicePort, 'has_flash_attention', lambda self, q, v: on_card)
-    call(*tensors(24), cu_seqlens=cuts_of(EVEN), max_seq_len=8, equal_lengths=even, sliding_window=window)
-    assert taken == [expected]
+def test_which_kernel_is_used(monkeypatch, equal, window, has_flash, expected):
+    used = []
+    for name in ('masked', 'batched', 'varlen'): monkeypatch.setattr(attention, f'{name}_attention', lambda q, *_, name=name: used.append(name) or q)
+    monkeypatch.setattr(DevicePort, 'has_flash_attention', lambda self, q, v: has_flash)
+    call(*tensors(24), cu_seqlens=cuts_of(EVEN), max_seq_len=8, equal_lengths=equal, sliding_window=window)
+    assert used == [expected]
 
 
-def test_a_window_counts_the_token_itself_and_longest_may_be_left_out():
+def test_a_window_counts_the_token_itself_and_max_seq_len_is_optional():
     q, k, v = tensors(12)
     for more in (dict(max_seq_len=7), {}):
         out = call(q, k, v, cu_seqlens=cuts_of([7, 5]), sliding_window=3, scaling=0.3, **more)
@@ -173,70 +169,70 @@ def test_arguments_that_change_attention_are_refused(more):
     with pytest.raises(ValueError, match=next(iter(more))): call(*tensors(8), cu_seqlens=cuts_of([8]), **more)
 
 
-# ---------------------------------------------------------------- whole models
+# ---------------------------------------------------------------- models
 
 @pytest.mark.parametrize('lengths', [UNEVEN, EVEN])
 @pytest.mark.parametrize('name', FAMILIES)
-def test_parity_of_loss_and_gradient_with_stock_sdpa_on_padded_rows(name, lengths):
-    model, cache = toy(name), PackedStep(lengths)
-    loss, expected = stock(model, cache)
+def test_parity_of_loss_and_gradient_with_padded_batches(name, lengths):
+    model, cache = toy(name), Sequences(lengths)
+    loss, expected = padded_result(model, cache)
     assert model.config._attn_implementation == 'sdpa' and unsupported_attention(model) == ''
     use_varlen_attention(model)
     for grain, even in ((16, False), (1, False), *([(1, True)] if lengths is EVEN else [])):
-        got = flat_loss(model, flat(cache, grain), max(lengths), even)
-        got.backward()
-        assert abs(got.item() - loss) < 1e-5 and distance(gradient(model), expected) < 1e-5, (grain, even)
+        result = packed_loss(model, packed(cache, grain), max(lengths), even)
+        result.backward()
+        assert abs(result.item() - loss) < 1e-5 and distance(gradient(model), expected) < 1e-5, (grain, even)
 
 
-def test_the_filling_changes_nothing_and_is_defined():
-    model, cache = toy('llama'), PackedStep(UNEVEN)
+def test_padding_to_a_bucket_changes_nothing():
+    model, cache = toy('llama'), Sequences(UNEVEN)
     use_varlen_attention(model)
     losses = []
     for grain in (1, 16, 64):
-        b = flat(cache, grain)
+        b = packed(cache, grain)
         hidden = model.base_model(input_ids=b['input_ids'], position_ids=b['position_ids'], use_cache=False, cu_seqlens=b['cu_seqlens'], max_seq_len=13).last_hidden_state
         assert hidden.isfinite().all()
-        losses.append(flat_loss(model, b, 13).item())
+        losses.append(packed_loss(model, b, 13).item())
     assert max(losses) - min(losses) < 1e-6
 
 
 def test_parity_of_compiled_layers():
-    model, cache = toy('qwen3'), PackedStep(UNEVEN)
-    loss, expected = stock(model, cache)
+    model, cache = toy('qwen3'), Sequences(UNEVEN)
+    loss, expected = padded_result(model, cache)
     use_varlen_attention(model)
     for layer in model.model.layers: layer.forward = torch.compile(type(layer).forward, fullgraph=True, backend='aot_eager').__get__(layer)
-    got = flat_loss(model, flat(cache), 13)
-    got.backward()
-    assert abs(got.item() - loss) < 1e-5 and distance(gradient(model), expected) < 1e-5
+    result = packed_loss(model, packed(cache), 13)
+    result.backward()
+    assert abs(result.item() - loss) < 1e-5 and distance(gradient(model), expected) < 1e-5
 
 
-def test_transformers_builds_no_mask_for_rows_end_to_end(monkeypatch):
+def test_transformers_builds_no_mask_for_packed_sequences(monkeypatch):
     from transformers import masking_utils
     model = toy('mistral')
     use_varlen_attention(model)
     def built(*_, **__): raise AssertionError('a mask was built')
     monkeypatch.setattr(masking_utils, 'find_packed_sequence_indices', built)
-    flat_loss(model, flat(PackedStep(UNEVEN)), 13)
+    packed_loss(model, packed(Sequences(UNEVEN)), 13)
     with pytest.raises(AssertionError): model(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=False)     # the check does check
 
 
-@pytest.mark.parametrize('name', ['llama', 'mistral', 'gemma3'])
-def test_rectangles_are_exactly_as_before(name):
-    model, cache = toy(name).eval(), PackedStep(UNEVEN)
+@pytest.mark.parametrize('name', ['mistral', 'gemma3'])
+def test_padded_batches_are_exactly_as_before(name):
+    model, cache = toy(name).eval(), Sequences(UNEVEN)
     ids, seen = torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(0)), torch.ones(2, 12, dtype=torch.long)
     seen[0, :3] = 0
-    def all_ways():
+    def results():
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=seen).logits
             tokens = model.generate(input_ids=ids, attention_mask=seen, max_new_tokens=6, do_sample=False, pad_token_id=0)
         return logits, tokens, mean_nll(model, cache)
-    before = all_ways()
+    before = results()
     use_varlen_attention(model)
-    after = all_ways()
+    after = results()
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1]) and before[2] == after[2]
 
 
-def test_use_rows_twice_is_use_rows_once():
+def test_use_varlen_attention_twice_is_once():
     model = toy('llama')
     use_varlen_attention(model), use_varlen_attention(model)
     assert len(model.base_model._forward_pre_hooks) == 1 and model.config._attn_implementation == NAME
@@ -249,51 +245,38 @@ def test_a_model_set_back_to_sdpa_is_itself_again():
     use_varlen_attention(model)
     model.config._attn_implementation = 'sdpa'
     assert torch.equal(model(input_ids=ids).logits, before)
-    kept = attention.skip_mask_creation(model.base_model, (), dict(cu_seqlens=torch.zeros(2), attention_mask=None))
-    assert kept[1]['attention_mask'] is None
+    hooked = attention.skip_mask_creation(model.base_model, (), dict(cu_seqlens=torch.zeros(2), attention_mask=None))
+    assert hooked[1]['attention_mask'] is None
 
 
-# ---------------------------------------------------------------- models that stay with rectangles
+# ---------------------------------------------------------------- unsupported models
 
-def test_models_that_are_refused_by_name():
+def test_unsupported_models_and_their_reasons():
     small = lambda config, model, **more: model(config(**SMALL, **more))
     assert unsupported_attention(small(Gemma2Config, Gemma2ForCausalLM, head_dim=8)) == 'the model sets attn_logit_softcapping'
     assert unsupported_attention(small(GptOssConfig, GptOssForCausalLM, head_dim=8, num_local_experts=2, num_experts_per_tok=1)) == 'the model has attention sinks'
     assert unsupported_attention(small(Lfm2Config, Lfm2ForCausalLM, layer_types=['conv', 'full_attention'])) == 'the model has layers of type conv'
     assert unsupported_attention(toy('llama', attention_dropout=0.1)) == 'the model sets attention_dropout'
-
-
-def test_settings_that_are_refused():
     model = toy('llama')
-    for name in ('attention_chunk_size', 'use_bidirectional_attention'):
-        setattr(model.config, name, 4)
-        assert unsupported_attention(model) == f'the model sets {name}'
-        setattr(model.config, name, None)
     model.config.is_causal = False
     assert unsupported_attention(model) == 'the model is not causal'
-    assert unsupported_attention(torch.nn.Linear(2, 2)) == 'Linear takes no attention function from outside'
 
 
-def test_layers_that_differ_are_refused():
+def test_heterogeneous_models_are_unsupported():
     stub = SimpleNamespace(_supports_attention_backend=True, config=SimpleNamespace(is_heterogeneous=True), named_parameters=list)
     assert unsupported_attention(stub) == "the model's layers have different settings"
 
 
 @pytest.mark.parametrize('capability, reason', [((7, 5), 'older than Ampere'), ((8, 0), ''), ((8, 9), ''), ((12, 0), '')])
-def test_cards_without_flash_attention_are_refused(monkeypatch, capability, reason):
+def test_gpus_without_flash_attention_are_unsupported(monkeypatch, capability, reason):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
     stub = SimpleNamespace(_supports_attention_backend=True, config=SimpleNamespace(), named_parameters=list, device=torch.device('cuda', 0))
     assert (reason in unsupported_attention(stub)) if reason else unsupported_attention(stub) == ''
 
 
-def test_the_embedded_model_may_be_laid_end_to_end():
-    from homelab_ft.core import embedded_model
-    assert unsupported_attention(AutoModelForCausalLM.from_pretrained(embedded_model())) == ''
+# ---------------------------------------------------------------- on a GPU
 
-
-# ---------------------------------------------------------------- on a card
-
-@card
+@cuda
 @pytest.mark.parametrize('window', [-1, 3])
 @pytest.mark.parametrize('groups', [4, 2, 1])
 def test_parity_of_the_variable_length_kernel_with_the_mask(groups, window):
@@ -307,24 +290,22 @@ def test_parity_of_the_variable_length_kernel_with_the_mask(groups, window):
     assert all(distance(x.grad.float(), y.grad) < 0.02 for x, y in zip(a, b))
 
 
-@card
+@cuda
 @pytest.mark.parametrize('name', FAMILIES)
-def test_parity_of_bf16_models_on_a_card(name):
-    model, cache = toy(name).cuda().bfloat16(), PackedStep(UNEVEN)
+def test_parity_of_bf16_models_on_a_gpu(name):
+    model, cache = toy(name).cuda().bfloat16(), Sequences(UNEVEN)
     reference = toy(name).cuda()
     for p, q in zip(reference.parameters(), model.parameters()): p.data.copy_(q.data)
-    _, exact = stock(reference, cache)
-    _, padded = stock(model, cache)
+    _, exact = padded_result(reference, cache)
+    _, padded = padded_result(model, cache)
     use_varlen_attention(model)
-    flat_loss(model, flat(cache, device='cuda'), 13).backward()
+    packed_loss(model, packed(cache, device='cuda'), 13).backward()
     assert distance(gradient(model), exact) < 1.5 * distance(padded, exact) + 0.01
 
 
-@card
-def test_kernels_are_timed_on_a_card():
-    found = time_kernels((4, 2), 64, 2, 128, torch.bfloat16)
-    assert found and set(found) <= {'FLASH_ATTENTION', 'CUDNN_ATTENTION'} and list(found.values()) == sorted(found.values()) and min(found.values()) > 0
+@cuda
+def test_kernels_are_timed_on_a_gpu():
+    times = time_kernels((4, 2), 64, 2, 128, torch.bfloat16)
+    assert times and set(times) <= {'FLASH_ATTENTION', 'CUDNN_ATTENTION'} and list(times.values()) == sorted(times.values()) and min(times.values()) > 0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a card')
-def test_without_a_card_no_kernel_is_timed(): assert time_kernels((4, 2), 8, 2, 16, torch.bfloat16) == {}
