@@ -80,7 +80,7 @@ def traced_moments(mode, layers):
     from homelab_ft.plan.trace import symbolic_terms as terms
     doubled = {x: ledger(mode, layers, SIZES | {x: 2 * n}) for x, n in SIZES.items()}
     book = ledger(mode, layers, SIZES)
-    return terms.moments(book, terms.births(book, doubled, SIZES))
+    return terms.moments(book, terms.storage_products(book, doubled, SIZES))
 
 
 def difference(a, b):
@@ -96,7 +96,7 @@ def formula(mode):
     two, three = traced_moments(mode, 2), traced_moments(mode, 3)
     before, before_three = two[1, 'forward'][0], three[1, 'forward'][0]
     more = difference(before_three, before)
-    pairs = {phase: terms.paired(two[1, phase], three[1, phase]) for phase in PHASES}
+    pairs = {phase: terms.pair_moments(two[1, phase], three[1, phase]) for phase in PHASES}
     phases = {phase: terms.pareto_front([(difference(s, before), difference(m, more)) for s, m in found])
               for phase, found in pairs.items()}
     return dict(kept=difference(pairs['loss'][0][1], more), **phases)

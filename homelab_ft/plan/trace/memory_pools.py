@@ -53,7 +53,7 @@ def capture_workspaces(
 # %% ../../../nbs/plan/trace/08_memory_pools.ipynb #ed3488da
 def _gap(book, numbers) -> int:
     "The most that is reserved, less the most that is allocated."
-    a = replay([e for e in book.events if e[1] in numbers], True)
+    a = replay([e for e in book.events if e[1] in numbers])
     return a.peak_reserved - a.peak_allocated
 
 def pool_bytes(
