@@ -60,7 +60,7 @@ class Ledger:
         n_bytes, _ = self.events[number - 1]
         self.events.append((-n_bytes, number))
 
-# %% ../../../nbs/plan/trace/01_ledger.ipynb #121ad96d
+# %% ../../../nbs/plan/trace/01_ledger.ipynb #8cd0a816
 @dataclass
 class Segment:
     "The events of one phase."

@@ -62,7 +62,7 @@ def pool_bytes(
     "What a pool takes from the driver: what is allocated with all layers, and the largest fragmentation of a dry run."
     fragmentation = []
     for ledger, pool in zip(ledgers, pools):
-        allocator = replay([event for event in ledger.events if event[1] in pool], True)
+        allocator = replay([event for event in ledger.events if event[1] in pool])
         fragmentation.append(allocator.peak_reserved - allocator.peak_allocated)
     phases = zip(*map(segments, ledgers, pools))
     return max(phase_peak(phase, counts)[0] for phase in phases) + max(fragmentation)
