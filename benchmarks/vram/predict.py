@@ -14,7 +14,7 @@ from homelab_ft.config import make_config
 from homelab_ft.table import Table
 from homelab_ft.io import now, write_json
 from homelab_ft.plan.memory.overhead import process_bytes
-from homelab_ft.plan.trace.memory_pools import merged_layers, merged_bytes
+from homelab_ft.plan.trace.memory_pools import merged_bytes
 from homelab_ft.train.engine.packing import BUCKET_SIZE, round_up
 from homelab_ft.plan.model_shape import model_shape
 from homelab_ft.plan.memory.estimate import EstimateSpec, estimate
@@ -30,6 +30,11 @@ WHO = dict(closed=KINDS, trace=KINDS, sum=('allocated', 'process'), accelerate=(
 def room(row, config):
     "Bytes that tensors may take, as the step reckons it: four percent left free, and the optimizer's states."
     return int(0.96 * (row['limit_gib'] * GiB or CARD)) - (2 if '8bit' in config.optim else 8) * trained(config)
+
+
+def merged_layers(limit, peak, each, layers):
+    "How many layers have their merged weights cached, as the step decides it."
+    return max(0, min(layers, (limit - peak - GiB) // each))
 
 
 def merged(row, found):

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['DryRunSpec', 'DryRunPort', 'third_party_patches', 'trace_phases', 'tag_gradients', 'disable_kernels',
            'make_optimizer', 'padded_reason', 'make_packed_step', 'make_step', 'make_context', 'dry_run', 'result',
-           'serve', 'import_everything', 'main']
+           'serve', 'main']
 
-# %% ../../../nbs/plan/trace/06_dry_run.ipynb #7a807e4b
+# %% ../../../nbs/plan/trace/06_dry_run.ipynb #7b693303
 import gc
 if __name__ == '__main__' and '__file__' in globals(): gc.disable()    # a notebook is `__main__` too, but has no file
 
 # %% ../../../nbs/plan/trace/06_dry_run.ipynb #54df5e2b
 import json, os, sys
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate
@@ -50,33 +50,26 @@ class DryRunSpec:
     mlp_chunk: int = 0              # tokens at a time in the MLP; 0: all
     loss_chunk: int = 0             # positions of the loss at a time; 0: as the step chooses
     gradients: bool = True          # every micro-batch finds gradients, as all but the first of a step do
-    equal_lengths: bool = True      # False: one sequence is a token shorter
     after_failed_packing: bool = False      # padded batches, after packed sequences were tried
     arch: str = 'hopper'            # a key of `static.WORKSPACE_BYTES`
     host_bytes: int = 0             # CPU RAM for results of attention
     embedding_offloaded: bool = False       # the embedding table is in CPU RAM
 
-    def tokens(self,
-        config: RunConfig,          # settings of a run
-    ) -> int:
-        "Tokens of a micro-batch."
-        return self.bucket[0] if self.bucket else config.per_device_train_batch_size * config.max_length
-
     def lengths(self,
         config: RunConfig,          # settings of a run
     ) -> list:
         "Tokens of each sequence of a micro-batch."
-        n, rest = divmod(self.tokens(config), config.max_length)
-        found = [config.max_length] * n + [rest] * (rest > 1)
-        if not self.equal_lengths: found[-1] -= 1
-        return found
+        if not self.bucket: return [config.max_length] * config.per_device_train_batch_size
+        n, rest = divmod(self.bucket[0], config.max_length)
+        return [config.max_length] * n + [rest] * (rest > 1)
 
     def compiles(self,
         config: RunConfig,          # settings of a run
     ) -> bool:
         "Whether the layers are compiled. DoRA dequantizes 4-bit weights in a way that the compiler refuses."
         dora_on_4bit = config.use_dora and config.method == 'qlora'
-        return self.arch != 'cpu' and config.torch_compile is not False and not config.lora_dropout and not dora_on_4bit
+        possible = self.arch != 'cpu' and not config.lora_dropout and not dora_on_4bit
+        return possible and config.torch_compile is not False
 
 # %% ../../../nbs/plan/trace/06_dry_run.ipynb #58814981
 class DryRunPort(DevicePort):
@@ -132,15 +125,11 @@ def third_party_patches(
     def int8_matmul(x, weight, out=None, state=None, threshold=0., bias=None):
         "bitsandbytes' 8-bit product as on a GPU."
         return MatMul8bitLt.apply(x, weight, out, bias, state)
-    patches = [
-        patch.object(masking_utils, 'find_packed_sequence_indices', lambda position_ids: None),
-        patch.object(bitsandbytes, 'matmul', int8_matmul),
-        patch.object(dora, 'dequantize_module_weight', dequantized_weight),
-    ]
-    if arch != 'cpu':
-        patches.append(patch.object(torch, 'is_autocast_enabled', lambda device='cpu': is_autocast_enabled(device)))
-    with ExitStack() as stack:
-        for replacement in patches: stack.enter_context(replacement)
+    usual = 'cuda' if arch == 'cpu' else 'cpu'
+    with patch.object(masking_utils, 'find_packed_sequence_indices', lambda position_ids: None), \
+         patch.object(bitsandbytes, 'matmul', int8_matmul), \
+         patch.object(dora, 'dequantize_module_weight', dequantized_weight), \
+         patch.object(torch, 'is_autocast_enabled', lambda device=usual: is_autocast_enabled(device)):
         yield
 
 # %% ../../../nbs/plan/trace/06_dry_run.ipynb #ee9d3397
@@ -214,8 +203,11 @@ def padded_reason(
     if config.method == 'full': reason = 'full fine-tuning'
     else: reason = padded.unsupported_reason(model) or unsupported_attention(padded.unwrap_peft(model))
     if requested and reason:
-        raise ConfigError('sequences of this model cannot be packed', value=reason, allowed='padded batches',
-                          next_step='set packing=false and padding_free=auto')
+        raise ConfigError(
+            'sequences of this model cannot be packed',
+            value=reason,
+            allowed='padded batches',
+            next_step='set packing=false and padding_free=auto')
     if requested: return ''
     if config.padding_free is False: return 'switched off'
     if reason: return reason
@@ -229,11 +221,16 @@ def make_packed_step(
     spec: DryRunSpec,       # what is simulated
 ) -> packed.PackedStep:
     "The packed step with its policies applied, its parts named."
-    options = StepOptions(config.max_length, spec.tokens(config), tuple(spec.bucket),
-                          label_smoothing=config.label_smoothing_factor, host_bytes=spec.host_bytes)
+    options = StepOptions(
+        config.max_length,
+        sum(spec.lengths(config)),
+        tuple(spec.bucket),
+        label_smoothing=config.label_smoothing_factor,
+        host_bytes=spec.host_bytes)
     step = packed.PackedStep(model, options)
     if spec.compiles(config):
-        step.compiled_forward, step.chunk_loss = compile_for_memory(step.layers), chunk_loss_for_memory
+        step.compiled_forward = compile_for_memory(step.layers)
+        step.chunk_loss = chunk_loss_for_memory
         step.features.compile = Feature(True)
     step.apply_policies(spec.policies, spec.mlp_chunk)
     step.loss_chunk = spec.loss_chunk
@@ -286,7 +283,16 @@ def make_context(
     optimizer = make_optimizer(tracer, model, config)
     sizes = dict(per_device_train_batch_size=len(lengths), gradient_accumulation_steps=microbatches, packing=False)
     state = trainer.TrainState(total_steps=2, peak_lr=1e-4)
-    return trainer.TrainerContext(None, config.model_copy(update=sizes), model, step, optimizer, data, None, state, None)
+    return trainer.TrainerContext(
+        run=None,
+        config=config.model_copy(update=sizes),
+        model=model,
+        step=step,
+        optimizer=optimizer,
+        train=data,
+        validation=None,
+        state=state,
+        meter=None)
 
 def dry_run(
     config: RunConfig,      # settings of a run
@@ -313,10 +319,12 @@ def result(
     "The result of one dry run, for JSON."
     try: tracer, context = dry_run(make_config(**settings), DryRunSpec(**spec))
     except HomelabError as e:
-        error = dict(kind=type(e).__name__, what=e.what, value=str(e.value), allowed=e.allowed, next_step=e.next_step)
-        return dict(error=error)
+        return dict(error=vars(e) | dict(kind=type(e).__name__, value=str(e.value)))
     ram_bytes = max(accumulate(n for n, _ in tracer.ram_ledger.events), default=0)
-    return dict(ledger=asdict(tracer.ledger), ram_bytes=ram_bytes, features=features_json(context.step.features))
+    return dict(
+        ledger=asdict(tracer.ledger),
+        ram_bytes=ram_bytes,
+        features=features_json(context.step.features))
 
 # %% ../../../nbs/plan/trace/06_dry_run.ipynb #5ffc9e62
 def serve(
@@ -332,18 +340,15 @@ def serve(
     return next((r for r in results if 'error' in r), dict(results=results))
 
 # %% ../../../nbs/plan/trace/06_dry_run.ipynb #8831a5f2
-def import_everything():
-    "Load what dry runs use, once. For bitsandbytes' CPU kernels, which nobody runs here, `torch.compile` does nothing: it takes a second to load."
+def main():
+    "Serve the request on the standard input, in a process that does nothing else."
+    # bitsandbytes compiles its CPU kernels, which nobody runs here: without it a second is saved
     with patch.object(torch, 'compile', lambda f=None, **_: f or (lambda g: g)):
         import bitsandbytes, peft, transformers.modeling_layers, transformers.models.auto.modeling_auto     # noqa: F401
         from torch._inductor import decomposition, pattern_matcher      # noqa: F401
-
-def main():
-    "Serve the request on the standard input, in a process that does nothing else."
-    import_everything()
     gc.freeze()
     gc.enable()
     print(json.dumps(serve(json.load(sys.stdin), fork=True)))
 
-# %% ../../../nbs/plan/trace/06_dry_run.ipynb #a7cf90db
+# %% ../../../nbs/plan/trace/06_dry_run.ipynb #84e676df
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -60,7 +60,8 @@ class FusionGraph:
         "Whether somebody reads it in memory (rule 1)."
         for user in node.users:
             kind = self.kinds[user]
-            if kind in ('extern', 'output') or kind in ('view', 'item') and self.in_memory(user): return True
+            if kind in ('extern', 'output'): return True
+            if kind in ('view', 'item') and self.in_memory(user): return True
         return False
 
     def writes(self,
@@ -131,7 +132,7 @@ def kernel_groups(
             for n in joined: groups[n] = joined
     return groups
 
-# %% ../../../nbs/plan/trace/05_inductor_memory.ipynb #9ee7b3ad
+# %% ../../../nbs/plan/trace/05_inductor_memory.ipynb #6978fe01
 def schedule(
     fusion: FusionGraph,    # of a graph
 ) -> tuple:                 # (nodes in the order in which they run, from `kernel_groups`)
@@ -199,20 +200,16 @@ class FusedGraph(FusionGraph):
         args.clear()
         for i, n in enumerate(self.order):
             kind = self.kinds[n]
-            if kind == 'output': return self.outputs(n)
+            if kind == 'output': break
             if kind == 'placeholder': self.values[n] = next(inputs)
             elif n not in self.inlined: self.values[n] = self.result(n, i)
-            makes_memory = kind in ('extern', 'point', 'reduction') or n in self.full and self.root[n] in self.owned
+            makes_memory = kind in ('extern', 'point', 'reduction')
+            if n in self.full and self.root[n] in self.owned: makes_memory = True
             if n in self.values and makes_memory: self.owned.add(n)
             for dead in self.freed.get(i, ()): self.values.pop(dead, None)
-
-    def outputs(self,
-        node,               # the graph's last one
-    ) -> list:
-        "What the caller gets; nothing else stays."
-        found = [self.values[a] if isinstance(a, torch.fx.Node) else a for a in node.args[0]]
+        outputs = torch.fx.map_arg(n.args[0], self.values.__getitem__)
         del self.values
-        return found
+        return list(outputs)
 
     def result(self,
         node,               # that is not inlined
@@ -222,10 +219,12 @@ class FusedGraph(FusionGraph):
         kind, value = self.kinds[node], node.meta.get('val')
         if kind == 'get_attr': return getattr(self.module, node.target)
         if kind in ('view', 'item', 'extern'):
-            args, kwargs = (torch.fx.map_arg(given, self.values.__getitem__) for given in (node.args, node.kwargs))
+            args = torch.fx.map_arg(node.args, self.values.__getitem__)
+            kwargs = torch.fx.map_arg(node.kwargs, self.values.__getitem__)
             return node.target(*args, **kwargs)
         for source in self.read[node] if kind == 'point' else ():
-            if self.can_overwrite(source, node, i): return torch.as_strided(self.values[source], value.shape, value.stride())
+            if self.can_overwrite(source, node, i):
+                return torch.as_strided(self.values[source], value.shape, value.stride())
         return new_like(value)
 
     def can_overwrite(self,
@@ -235,14 +234,15 @@ class FusedGraph(FusionGraph):
     ) -> bool:
         "Whether a result may be written over this input (rule 3)."
         old, new = self.values.get(source), node.meta['val']
-        if source not in self.owned or self.last[source] > i or not isinstance(old, torch.Tensor): return False
-        if old.dtype != new.dtype or old.untyped_storage().nbytes() != new.numel() * new.element_size(): return False
+        if source not in self.owned or self.last[source] > i: return False
+        if not isinstance(old, torch.Tensor) or old.dtype != new.dtype: return False
+        if old.untyped_storage().nbytes() != new.nbytes: return False
         def views_read(n): return [b for b in self.read[n] if self.root[b] is self.root[source]]
         if not self.full.issuperset(views_read(node)): return False
         if any(views_read(other) for other in self.groups[node] - {node}): return False
         for other, value in self.values.items():
-            if other is source or self.last[other] <= i or not isinstance(value, torch.Tensor): continue
-            if storage_id(value) == storage_id(old): return False
+            needed_later = other is not source and self.last[other] > i
+            if needed_later and isinstance(value, torch.Tensor) and storage_id(value) == storage_id(old): return False
         return True
 
 # %% ../../../nbs/plan/trace/05_inductor_memory.ipynb #c3b69310

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['MICROBATCH_PHASES', 'on_capture_stream', 'allocator_pools', 'capture_workspaces', 'pool_bytes', 'reserved_bytes',
-           'merged_bytes', 'merged_layers']
+           'merged_bytes']
 
 # %% ../../../nbs/plan/trace/08_memory_pools.ipynb #74b97eb7
-from ...core import MiB
 from ..memory.caching_allocator import SMALL_SIZE, replay, block_size
+from ..memory.static import target_linears
 from .layer_extrapolation import phase_peak
-from .ledger import Ledger, segments
+from .ledger import Ledger, lifetimes, segments
 
 # %% ../../../nbs/plan/trace/08_memory_pools.ipynb #763d5ed6
 MICROBATCH_PHASES = ('forward', 'loss', 'backward', 'collect')
@@ -49,9 +49,8 @@ def capture_workspaces(
     ledger: Ledger,         # of a step
 ) -> int:
     "Bytes of the capture stream's own workspace."
-    freed = {number for n, number in ledger.events if n < 0}
-    workspaces = [n for n, number in ledger.events if n > 0 and number not in freed and ledger.categories.get(number) == 'workspaces']
-    return sum(workspaces) // 2
+    kept = [life for life in lifetimes(ledger).values() if life.last == len(ledger.events)]
+    return sum(life.n_bytes for life in kept if life.category == 'workspaces') // 2
 
 # %% ../../../nbs/plan/trace/08_memory_pools.ipynb #ed3488da
 def pool_bytes(
@@ -75,7 +74,7 @@ def reserved_bytes(
     "What PyTorch reserves, without merged weights."
     kinds = zip(*[allocator_pools(ledger, cuda_graph) for ledger in ledgers])
     workspaces = capture_workspaces(ledgers[0]) if cuda_graph else 0
-    return sum(pool_bytes(ledgers, pools, counts) for pools in kinds) + workspaces
+    return workspaces + sum(pool_bytes(ledgers, pools, counts) for pools in kinds)
 
 # %% ../../../nbs/plan/trace/08_memory_pools.ipynb #c16ea5ee
 def merged_bytes(
@@ -83,15 +82,4 @@ def merged_bytes(
     target_modules='all-linear',    # adapted matrices: `all-linear`, a name, or a list of names
 ) -> int:
     "Bytes of one layer's merged weights."
-    names = [target_modules] if isinstance(target_modules, str) else target_modules
-    adapted = [i * o for name, (i, o, _) in shape.linears.items() if name in names or names == ['all-linear']]
-    return 2 * sum(adapted)
-
-def merged_layers(
-    limit: int,             # bytes that tensors may take
-    peak: int,              # bytes of the largest micro-batch, from a trace's `first_microbatch`
-    each: int,              # from `merged_bytes`
-    layers: int,            # of the model
-) -> int:
-    "How many layers have their merged weights cached, as the step decides it."
-    return max(0, min(layers, (limit - peak - 1024 * MiB) // each))
+    return 2 * sum(i * o for i, o, _ in target_linears(shape, target_modules).values())

@@ -8,7 +8,7 @@ __all__ = ['ALTERNATING', 'COMMAND', 'MemoryTrace', 'policy_counts', 'check_requ
 
 # %% ../../../nbs/plan/trace/09_trace.ipynb #2dbd39b9
 import json, os, subprocess, sys, time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ... import core
 from ...core import ConfigError, RunError, fmt_gib
@@ -39,7 +39,6 @@ class MemoryTrace:
     layers: list            # how many layers were traced, in each dry run
     features: dict          # how the step computes, as in a run's manifest
     seconds: float          # that the trace took
-    events: list = field(repr=False)    # of the ledger; empty unless all layers were traced
 
     @property
     def min_required(self) -> int:
@@ -82,19 +81,31 @@ def check_request(
 ):
     "`ConfigError` for what cannot be traced."
     if arch not in WORKSPACE_BYTES:
-        raise ConfigError('unknown GPU architecture', value=arch, allowed=', '.join(WORKSPACE_BYTES),
-                          next_step='use hopper for H100, H200 and Blackwell, ampere for older ones')
+        raise ConfigError(
+            'unknown GPU architecture',
+            value=arch,
+            allowed=', '.join(WORKSPACE_BYTES),
+            next_step='use hopper for H100, H200 and Blackwell, ampere for older ones')
     numbers = all(type(n) is int and n > 0 for n in bucket)
     if bucket and (len(bucket) != 3 or not numbers or bucket[1] > bucket[0]):
-        raise ConfigError('a micro-batch cannot have this bucket', value=bucket,
-                          allowed='(tokens, label positions, sequences), whole numbers from 1 up, no more labels than tokens',
-                          next_step='leave it out for full sequences')
+        raise ConfigError(
+            'a micro-batch cannot have this bucket',
+            value=bucket,
+            allowed='(tokens, label positions, sequences), whole numbers from 1 up, no more labels than tokens',
+            next_step='leave it out for full sequences')
     for name, n in chunks.items():
         if type(n) is not int or n < 0:
-            raise ConfigError(f'{name} is no number of tokens', value=n, allowed='0 or more', next_step=f'set {name}=0')
+            raise ConfigError(
+                f'{name} is no number of tokens',
+                value=n,
+                allowed='0 or more',
+                next_step=f'set {name}=0')
     if config.objective == 'dpo':
-        raise ConfigError('objective=dpo is not traced yet', value='dpo', allowed='objective=sft',
-                          next_step='use the formula: homelab-ft plan without --trace')
+        raise ConfigError(
+            'objective=dpo is not traced yet',
+            value='dpo',
+            allowed='objective=sft',
+            next_step='use the formula: homelab-ft plan without --trace')
 
 # %% ../../../nbs/plan/trace/09_trace.ipynb #97ce814a
 COMMAND = [sys.executable, '-P', '-W', 'ignore', '-m', 'homelab_ft.plan.trace.dry_run']
@@ -109,9 +120,11 @@ def run_dry_runs(
     done = subprocess.run(COMMAND, input=request, capture_output=True, text=True, env=env)
     try: served = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        last_words = (done.stderr.strip().splitlines() or ['no message'])[-1]
-        raise RunError('the dry run broke off', value=last_words,
-                       next_step='use the formula: homelab-ft plan without --trace') from None
+        *_, last_words = done.stderr.strip().splitlines() or ['no message']
+        raise RunError(
+            'the dry run broke off',
+            value=last_words,
+            next_step='use the formula: homelab-ft plan without --trace') from None
     if 'results' in served: return served['results']
     error = served['error']
     raise getattr(core, error.pop('kind'))(**error)
@@ -124,36 +137,47 @@ def trace(
     mlp_chunk: int = 0,         # tokens at a time in the MLP, where activations are offloaded; 0: all
     loss_chunk: int = 0,        # positions of the loss at a time; 0: as the step chooses where there is room
     gradients: bool = True,     # every micro-batch finds gradients, as all but the first of a step do
-    equal_lengths: bool = True, # as in the micro-batch that a run tunes its step with; False: attention for sequences of any length
     arch: str = 'hopper',       # or 'ampere', for smaller workspaces; 'cpu': none at all
     host_bytes: int = 0,        # CPU RAM for results of attention, where activations are offloaded
     embedding_offloaded: bool = False,  # the embedding table is in CPU RAM, if it is frozen and not the output head too
-    merged_layers: int = 0,     # layers whose merged weights are cached, see `memory_pools.merged_layers`
+    merged_layers: int = 0,     # layers whose merged weights are cached, 2 bytes for each value
     overhead_offset: int = 0,   # bytes that this GPU takes beyond the usual, measured by a probe
     after_failed_packing: bool = False, # padded batches, after packed sequences were tried and refused, as a run does unless `padding_free` is false
-    all_layers: bool = False,   # trace all layers, for `events`, and for exact fragmentation in `reserved`
+    all_layers: bool = False,   # trace all layers, for exact fragmentation in `reserved`
 ) -> MemoryTrace:
     "The memory of a run; `ConfigError` and `ModelError` for what cannot be, before the process is started."
-    began, shape = time.monotonic(), model_shape(config.model).reject_moe()
+    began = time.monotonic()
+    shape = model_shape(config.model).reject_moe()
     check_length(shape, config.max_length)
     counts = policy_counts(config, shape.num_hidden_layers, policies)
     check_request(config, bucket, arch, mlp_chunk=mlp_chunk, loss_chunk=loss_chunk)
-    common = dict(hf_config=read_model_config(config.model), bucket=bucket, mlp_chunk=mlp_chunk, loss_chunk=loss_chunk,
-                  gradients=gradients, equal_lengths=equal_lengths, arch=arch, host_bytes=host_bytes,
-                  embedding_offloaded=embedding_offloaded, after_failed_packing=after_failed_packing)
+    common = dict(
+        hf_config=read_model_config(config.model),
+        bucket=bucket,
+        mlp_chunk=mlp_chunk,
+        loss_chunk=loss_chunk,
+        gradients=gradients,
+        arch=arch,
+        host_bytes=host_bytes,
+        embedding_offloaded=embedding_offloaded,
+        after_failed_packing=after_failed_packing)
     probed = probe_configs(counts, all_layers or shape.model_type in ALTERNATING)
     specs = [common | dict(policies=[policy for policy, n in c.items() for _ in range(n)]) for c in probed]
     results = run_dry_runs(config, specs)
-    ledgers, features = [Ledger.from_json(r['ledger']) for r in results], results[0]['features']
+    ledgers = [Ledger.from_json(r['ledger']) for r in results]
+    features = results[0]['features']
 
-    can_capture = config.cuda_graph is not False and not config.lora_dropout and 'offload' not in counts     # as a run decides it
-    cuda_graph = arch != 'cpu' and not embedding_offloaded and features['packed']['on'] and can_capture
-    reserved = reserved_bytes(ledgers, counts, cuda_graph) + merged_layers * merged_bytes(shape, config.target_modules)
+    offloads = embedding_offloaded or 'offload' in counts
+    captures = config.cuda_graph is not False and not config.lora_dropout and not offloads     # as a run decides it
+    cuda_graph = arch != 'cpu' and features['packed']['on'] and captures
+    reserved = reserved_bytes(ledgers, counts, cuda_graph)
+    if merged_layers: reserved += merged_layers * merged_bytes(shape, config.target_modules)
     int8 = config.method == 'int8'
     if cuda_graph and int8 and 'none' in counts: reserved += process_constants()['int8_reserved']
     process = reserved
     if arch != 'cpu':
-        process = process_bytes(reserved, counts, cuda_graph, features['compile']['on'], overhead_offset=overhead_offset, int8=int8)
+        compiled = features['compile']['on']
+        process = process_bytes(reserved, counts, cuda_graph, compiled, overhead_offset, int8)
 
     peaks = extrapolate_peaks(ledgers, counts)
     phases = {phase: parts for (step, phase), parts in peaks.items() if step != 1}
@@ -161,12 +185,18 @@ def trace(
     phase = max(total, key=total.get)
     first_step = [parts for (step, name), parts in peaks.items() if step == 1 and name != 'optimizer']
     return MemoryTrace(
-        allocated=total[phase], phase=phase, parts=phases[phase], phases=phases,
+        allocated=total[phase],
+        phase=phase,
+        parts=phases[phase],
+        phases=phases,
         first_microbatch=max(sum(parts.values()) - parts['optimizer'] for parts in first_step),
-        reserved=reserved, process=process, cuda_graph=cuda_graph,
+        reserved=reserved,
+        process=process,
+        cuda_graph=cuda_graph,
         ram_bytes=extrapolate([r['ram_bytes'] for r in results], counts),
-        layers=[sum(c.values()) for c in probed], features=features, seconds=round(time.monotonic() - began, 1),
-        events=ledgers[0].events if len(ledgers) == 1 else [])
+        layers=[sum(c.values()) for c in probed],
+        features=features,
+        seconds=round(time.monotonic() - began, 1))
 
 # %% ../../../nbs/plan/trace/09_trace.ipynb #7cf3817c
 @dataclass(frozen=True)
@@ -184,15 +214,17 @@ def fit_trace(
     overhead_offset: int = 0,   # as for `trace`
 ) -> TraceVerdict:
     "Trace a run without checkpointing and, if that does not fit, with every layer checkpointed."
-    n, setting = model_shape(config.model).num_hidden_layers, config.gradient_checkpointing
+    n = model_shape(config.model).num_hidden_layers
+    setting = config.gradient_checkpointing
     for checkpointing in [setting] if type(setting) is bool else [False, True]:
-        found = trace(config, {'layer' if checkpointing else 'none': n}, arch=arch, overhead_offset=overhead_offset)
+        policies = {'layer' if checkpointing else 'none': n}
+        found = trace(config, policies, arch=arch, overhead_offset=overhead_offset)
         required = found.allocated + ASSUMED_OVERHEAD if arch == 'cpu' else found.min_required
         free = limit_bytes * (1 - margin) - required
         if free >= 0: break
     how = 'every layer checkpointed' if checkpointing else 'no activation checkpointing'
-    fits = free >= 0
-    answer = f'Fits with {how}, with {fmt_gib(free)} to spare' if fits else f'Does not fit, even with {how}: {fmt_gib(-free)} too much'
-    overhead = fmt_gib(required - found.allocated)
-    made_of = f'{fmt_gib(found.allocated)} of tensors and {overhead} for fragmentation, libraries and the context, of {fmt_gib(limit_bytes)}'
-    return TraceVerdict(found, fits, f'{answer} ({made_of}, {margin:.0%} left free).')
+    tensors, overhead, limit = (fmt_gib(n) for n in (found.allocated, required - found.allocated, limit_bytes))
+    if free >= 0: answer = f'Fits with {how}, with {fmt_gib(free)} to spare'
+    else: answer = f'Does not fit, even with {how}: {fmt_gib(-free)} too much'
+    made_of = f'{tensors} of tensors and {overhead} for fragmentation, libraries and the context, of {limit}'
+    return TraceVerdict(found, free >= 0, f'{answer} ({made_of}, {margin:.0%} left free).')
