@@ -13,9 +13,9 @@ any_text = st.text(st.characters(exclude_categories=['Cs']), max_size=40)
 
 def close_pairs(texts, threshold=0.7):
     "All pairs at or above the threshold, by comparing every two texts."
-    sets = [shingles(normalise(t)) for t in texts]
-    common = common_shingles(sets)
-    sets = [s - common for s in sets]
+    texts = [normalise(t) for t in texts]
+    common = common_shingles(texts)
+    sets = [shingles(t) - common for t in texts]
     return {(i, j) for i, j in itertools.combinations(range(len(texts)), 2) if jaccard(sets[i], sets[j]) >= threshold}
 
 

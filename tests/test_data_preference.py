@@ -100,7 +100,7 @@ def test_useless_judgements_are_dropped_and_reported(tmp_path, tok):
 
 def test_too_long_rejected_answer_is_an_error_by_default(tmp_path, tok):
     path = write(tmp_path / 'a.jsonl', [*rows_of(20), dict(prompt='How?', chosen='So.', rejected='very long ' * 200)])
-    with pytest.raises(DataError, match='rejected answers: 1 of 21 rows are longer than max_length'): prepare(config_of(path, overlong_rows='error'), tok, tmp_path / 'a')
+    with pytest.raises(DataError, match='1 of 21 rows are longer than max_length'): prepare(config_of(path, overlong_rows='error'), tok, tmp_path / 'a')
     assert not (tmp_path / 'a').exists()
 
 

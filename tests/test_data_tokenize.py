@@ -75,14 +75,14 @@ def test_no_row_is_longer_than_promised(lengths, limit, choice):
     except DataError as e:
         assert 'no row is left' in str(e) and all(len(f.input_ids) > limit for f in full)
         return
-    cache, kept, report = result.cache, result.positions, result.report
+    [cache], kept = result.caches, result.positions
     assert cache.lengths.max() <= limit and len(cache) == len(kept)
     assert cache.rows.tolist() == [examples[i].row for i in kept]
     for k, i in enumerate(kept):
         ids, mask = cache.row(k)
         assert ids.tolist() == full[i].input_ids[:limit] and mask.tolist() == full[i].mask[:limit] and mask.any()
-    assert sorted(kept + [r - 1 for r in report.too_long]) == list(range(len(examples)))
-    assert report.truncated == [examples[i].row for i in kept if len(full[i].input_ids) > limit] and (choice == 'truncate' or not report.truncated)
+    assert sorted(kept + [r - 1 for r in result.too_long]) == list(range(len(examples)))
+    assert result.truncated == [examples[i].row for i in kept if len(full[i].input_ids) > limit] and (choice == 'truncate' or not result.truncated)
 
 
 def test_too_long_says_how_many_how_long_and_which():
@@ -91,7 +91,7 @@ def test_too_long_says_how_many_how_long_and_which():
     longest = len(encode(examples[2].messages, tok()).input_ids)
     assert str(longest) in e.value.value and 'row 9' in e.value.value
     assert 'overlong_rows=drop' in e.value.next_step and f'max_length={longest}' in e.value.next_step
-    assert len(tokenize_examples(examples, tok(), longest, 'error').cache) == 3
+    assert len(tokenize_examples(examples, tok(), longest, 'error').positions) == 3
 
 
 def test_control_tokens_anywhere_drop_the_row():
@@ -99,7 +99,7 @@ def test_control_tokens_anywhere_drop_the_row():
     examples = [example('fine', 'yes', 1), *(example(f'a{s}b', 'no', 2 + i) for i, s in enumerate(special)), example('fine', f'no {special[0]}', 99)]
     examples.append(Example([{'role': 'system', 'content': special[-1]}, *examples[0].messages], 'yes', 100))
     result = tokenize_examples(examples, tok(), 64, 'error')
-    assert result.positions == [0] and result.report.control == [e.row for e in examples[1:]]
+    assert result.positions == [0] and result.control == [e.row for e in examples[1:]]
     assert not control_pattern(tok()).search('<|no such token|> <b> </s> [INST]')
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 from homelab_ft.core import RunError
 from homelab_ft.config import make_config
-from homelab_ft.deploy.registry import entries, find, models, register
+from homelab_ft.deploy.registry import entries, models, register
 from homelab_ft.io import write_atomic, write_json
 from homelab_ft.train.run_folder import create_run, log_event
 
@@ -30,7 +30,7 @@ def test_entries_and_evaluations_of_older_versions_are_read(tmp_path):
     entry = register(run)
     assert entry['metrics']['accuracy']['fine_tuned'] == .9
     write_json(run.entry_path, entry | {'metrics': {'accuracy': old}})
-    assert '10.0 -> 90.0 %' in str(models(tmp_path)) and find(tmp_path, 'a')['metrics']['accuracy']['n_examples'] == 5
+    assert '10.0 -> 90.0 %' in str(models(tmp_path)) and entries(tmp_path)[0]['metrics']['accuracy']['n_examples'] == 5
 
 def test_counted_energy_says_so(tmp_path):
     energy = register(make_run(tmp_path, 'a', electricity_price=0.25))['energy']
@@ -55,7 +55,7 @@ def test_registering_again_replaces_the_entry(tmp_path):
     run = make_run(tmp_path, 'a')
     register(run)
     write_json(run.path / 'parity.json', {'passed': True})
-    assert register(run)['parity'] == {'passed': True} == find(tmp_path, 'a')['parity']
+    assert register(run)['parity'] == {'passed': True} == entries(tmp_path)[0]['parity']
 
 @pytest.mark.parametrize('missing', ['adapter', 'finished'])
 def test_an_unfinished_run_is_refused(tmp_path, missing):

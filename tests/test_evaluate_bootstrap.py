@@ -3,48 +3,49 @@ import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from homelab_ft.core import DataError
 from homelab_ft.evaluate import bootstrap
-from homelab_ft.evaluate.bootstrap import MIN_EXAMPLES, Interval, paired_bootstrap, paired_bootstrap_accuracy
+from homelab_ft.evaluate.bootstrap import MIN_EXAMPLES, Interval, paired_bootstrap
 
 examples = st.lists(st.tuples(st.floats(0, 50), st.floats(0, 50), st.integers(1, 40)), min_size=MIN_EXAMPLES, max_size=40)
 
 @settings(max_examples=30, deadline=None)
 @given(examples)
 def test_interval_lies_within_the_examples_and_swapping_the_models_mirrors_it(data):
-    base, tuned, tokens = map(np.array, zip(*data))
-    gain, mirrored = paired_bootstrap(base, tuned, tokens, 200), paired_bootstrap(tuned, base, tokens, 200)
-    each = (base - tuned) / tokens
+    base, fine_tuned, tokens = map(np.array, zip(*data))
+    gain, mirrored = paired_bootstrap(base, fine_tuned, tokens, 200), paired_bootstrap(fine_tuned, base, tokens, 200)
+    each = (base - fine_tuned) / tokens
     assert each.min() - 1e-9 <= gain.low <= gain.high <= each.max() + 1e-9
     assert each.min() - 1e-9 <= gain.gain <= each.max() + 1e-9
     np.testing.assert_allclose([gain.gain, gain.low, gain.high], [-mirrored.gain, -mirrored.high, -mirrored.low], atol=1e-9)
 
 def test_examples_without_answer_tokens_change_nothing():
-    base, tuned, tokens = np.arange(10.) + 1, np.arange(10.), np.full(10, 2)
-    padded = paired_bootstrap(np.append(base, 0), np.append(tuned, 0), np.append(tokens, 0))
-    assert padded == paired_bootstrap(base, tuned, tokens)
+    base, fine_tuned, tokens = np.arange(10.) + 1, np.arange(10.), np.full(10, 2)
+    padded = paired_bootstrap(np.append(base, 0), np.append(fine_tuned, 0), np.append(tokens, 0))
+    assert padded == paired_bootstrap(base, fine_tuned, tokens)
 
 def test_batches_of_resamples_change_nothing_and_the_width_is_the_textbooks(monkeypatch):
     rng = np.random.default_rng(0)
-    base, tuned, tokens = rng.normal(5, 1, 1000), rng.normal(4, 1, 1000), np.ones(1000)
-    gain = paired_bootstrap(base, tuned, tokens, 1500)
+    base, fine_tuned, tokens = rng.normal(5, 1, 1000), rng.normal(4, 1, 1000), np.ones(1000)
+    gain = paired_bootstrap(base, fine_tuned, tokens, 1500)
     monkeypatch.setattr(bootstrap, 'MAX_RESAMPLED_VALUES', 70_000)       # 70 resamples at a time
-    assert gain == paired_bootstrap(base, tuned, tokens, 1500)
-    error = np.std(base - tuned) / np.sqrt(1000)
+    assert gain == paired_bootstrap(base, fine_tuned, tokens, 1500)
+    error = np.std(base - fine_tuned) / np.sqrt(1000)
     assert gain.high - gain.low == pytest.approx(2 * 1.96 * error, rel=0.15)
 
 def test_level_widens_the_interval():
     rng = np.random.default_rng(0)
-    base, tuned = rng.normal(5, 1, 100), rng.normal(4.8, 1, 100)
-    narrow, wide = (paired_bootstrap(base, tuned, np.ones(100), level=level) for level in (0.8, 0.99))
+    base, fine_tuned = rng.normal(5, 1, 100), rng.normal(4.8, 1, 100)
+    narrow, wide = (paired_bootstrap(base, fine_tuned, np.ones(100), level=level) for level in (0.8, 0.99))
     assert wide.low < narrow.low < narrow.high < wide.high
 
 @pytest.mark.parametrize('n, conclusion', [(MIN_EXAMPLES - 1, 'no measurable difference'), (MIN_EXAMPLES, 'better')])
 def test_few_examples_lead_to_no_conclusion(n, conclusion):
     assert paired_bootstrap(np.full(n, 2.), np.ones(n), np.ones(n)).conclusion == conclusion
 
-def test_accuracy_interval_counts_shares():
-    gain = paired_bootstrap_accuracy([False] * 20, [True] * 20)
+def test_right_and_wrong_answers_count_as_shares():
+    wrong, right = np.ones(20), np.zeros(20)
+    gain = paired_bootstrap(wrong, right, np.ones(20))
     assert (gain.gain, gain.low, gain.high) == (1, 1, 1)
-    assert paired_bootstrap_accuracy([True] * 20, [False] * 20).conclusion == 'worse'
+    assert paired_bootstrap(right, wrong, np.ones(20)).conclusion == 'worse'
 
 def test_nothing_to_measure_is_an_error():
     with pytest.raises(DataError, match='have no tokens'): paired_bootstrap([1.], [1.], [0])

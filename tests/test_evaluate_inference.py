@@ -37,10 +37,6 @@ def test_groups_of_labels_change_nothing(model, monkeypatch):
     monkeypatch.setattr(inference, 'MAX_CACHED_TOKENS', 1)                      # one label at a time
     np.testing.assert_allclose(label_logprobs(model, PROMPTS, LABELS, progress=False), whole, atol=1e-5)
 
-def test_pad_id_changes_nothing(model):
-    np.testing.assert_allclose(label_logprobs(model, PROMPTS, LABELS, pad_id=7, progress=False),
-                               label_logprobs(model, PROMPTS, LABELS, pad_id=0, progress=False), atol=1e-5)
-
 def test_greedy_in_a_batch_equals_one_by_one_and_full_forward_passes(model):
     together = generate_greedy(model, PROMPTS, {1}, 10, progress=False)
     assert together == [generate_greedy(model, [p], {1}, 10, progress=False)[0] for p in PROMPTS]

@@ -345,7 +345,7 @@ def test_a_recomputed_layer_runs_twice_and_only_with_gradients(model, policy, ti
     hook.remove()
 
 
-@pytest.mark.parametrize('policies, chunk, words', [(['none', 'unknown', 'mlp', 'layer'], 0, 'unknown'), (['none'] * 3, 0, '4 layers need as many'), (['none'] * 4, -5, 'negative')])
+@pytest.mark.parametrize('policies, chunk, words', [(['none', 'unknown', 'mlp', 'layer'], 0, 'unknown'), (['none'] * 3, 0, '4 layers need as many policies'), (['none'] * 4, -5, 'negative')])
 def test_nonsense_is_refused_and_changes_nothing(model, policies, chunk, words):
     apply_policies(model.model.layers, ['layer'] * 4)
     before = [layer.forward for layer in model.model.layers]

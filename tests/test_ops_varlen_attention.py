@@ -51,7 +51,7 @@ def packed(cache, grain=16, device='cpu'):
 def packed_loss(model, b, longest, even=False):
     hidden = model.base_model(input_ids=b['input_ids'], position_ids=b['position_ids'], use_cache=False, cu_seqlens=b['cu_seqlens'], max_seq_len=longest,
                               equal_lengths=even).last_hidden_state[0]
-    return (F.cross_entropy(model.lm_head(hidden[b['at']]).float(), b['targets'], reduction='none') * b['weights']).sum()
+    return (F.cross_entropy(model.lm_head(hidden[b['label_positions']]).float(), b['targets'], reduction='none') * b['weights']).sum()
 
 
 def gradient(model):

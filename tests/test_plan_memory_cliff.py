@@ -82,7 +82,7 @@ def trained(cliff, settings, limit, **features):
 def test_what_happened(cliff, cases):
     (inside, limit), (beyond, _) = cases[:2]
     judged = lambda settings, **found: cliff.judged(dict(settings=settings, limit_gib=limit, **found))
-    for said in ('OutOfMemoryError: CUDA out of memory.', 'HardwareError: the card cannot hold one pass'):
+    for said in ('OutOfMemoryError: CUDA out of memory.', 'HardwareError: the GPU cannot hold one micro-batch'):
         assert judged(beyond, failed=said)['agrees'] is True and judged(inside, failed=said)['agrees'] is False
     assert judged(inside, failed='more than 170 s')['agrees'] is None
     for settings, agrees in ((inside, True), (beyond, False)):

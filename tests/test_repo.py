@@ -149,7 +149,8 @@ def round_trip(target):
     "A copy of notebooks and package in `target`, cleaned and exported from nothing."
     for name in ('nbs', 'homelab_ft'): shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns('__pycache__', '.*', 'assets'))
     for name in ('settings.ini', 'pyproject.toml'): shutil.copy(ROOT / name, target)
-    for p in (target / 'homelab_ft').rglob('*.py'): p.unlink()
+    for p in (target / 'homelab_ft').rglob('*.py'):
+        if p != target / 'homelab_ft' / '__init__.py': p.unlink()      # the one module that no notebook makes
     environment = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
     for command in ('nbdev_clean', 'nbdev_export'):
         program = f'from nbdev.cli import *; from nbdev.doclinks import nbdev_export; from nbdev.clean import nbdev_clean; {command}()'

@@ -20,12 +20,12 @@ ROWS = 2      # packed rows in a step
 STOCK = lambda model: (linear.unfuse(model), {'switched off': 1})[1]
 CASES = {  # name: (options, patches)
     'everything': ({}, []),
-    'no recorded passes': (dict(graph=False), []),
+    'no CUDA graphs': (dict(graph=False), []),
     'no compiled layers': (dict(compile=False), []),
     'neither': (dict(compile=False, graph=False), []),
     'adapters as peft runs them, neither': (dict(compile=False, graph=False), [(linear, 'fuse', STOCK)]),
-    'merged matrices made in every pass': ({}, [(fast, '_hold', lambda *_: None)]),
-    'adapters not merged into 4-bit weights': ({}, [(linear, 'can_merge', lambda *_: False), (fast, '_hold', lambda *_: None)]),
+    'merged matrices made in every pass': ({}, [(fast.GpuTuner, 'cache_merged_weights', lambda self: None)]),
+    'adapters not merged into 4-bit weights': ({}, [(linear, 'can_merge', lambda *_: False), (fast.GpuTuner, 'cache_merged_weights', lambda self: None)]),
     'every layer recomputed': (dict(checkpointing=True), []),
     'flash attention instead of the fastest': ({}, [(attention, 'time_kernels', lambda *_: {'FLASH_ATTENTION': 0.})]),
     'loss over all logits at once': ({}, [(loss, 'chunk_size', lambda *_, **__: 2**20)]),

@@ -117,7 +117,7 @@ def choose(limits=LIMITS, pairs=PAIRS):
 def outcome(row):
     "What happened, in words: `trained`, `ran out`, or why nothing can be said."
     why = row.get('failed', '')
-    if why.startswith(('OutOfMemoryError', 'HardwareError: the card cannot hold')): return 'ran out'
+    if why.startswith(('OutOfMemoryError', 'HardwareError: the card cannot hold', 'HardwareError: the GPU cannot hold')): return 'ran out'
     if why: return why
     return 'ran out' if row['features'].get('cuda_graph', {}).get('reason') == OUT_OF_MEMORY else 'trained'
 

@@ -7,8 +7,9 @@ __all__ = ['SHINGLE_LENGTH', 'BANDS', 'NUM_PERM', 'normalise', 'shingles', 'jacc
            'candidate_pairs', 'connected', 'near_duplicate_groups']
 
 # %% ../../nbs/data/04_dedup.ipynb #95a236c5
-import unicodedata
+import random, unicodedata
 from collections import Counter
+from functools import lru_cache
 from itertools import chain
 
 import numpy as np
@@ -42,19 +43,20 @@ def jaccard(
 
 # %% ../../nbs/data/04_dedup.ipynb #32d74235
 def common_shingles(
-    sets: list,      # the shingles of every text
+    texts: list,     # normalised texts
 ) -> set:            # empty for fewer than twenty texts
     "The shingles that more than half of the texts have."
-    if len(sets) < 20: return set()
-    counts = Counter(chain.from_iterable(sets))
-    return {shingle for shingle, n in counts.items() if 2 * n > len(sets)}
+    if len(texts) < 20: return set()
+    sample = random.Random(0).sample(texts, min(1000, len(texts)))
+    counts = Counter(chain.from_iterable(map(shingles, sample)))
+    return {shingle for shingle, n in counts.items() if 2 * n > len(sample)}
 
 # %% ../../nbs/data/04_dedup.ipynb #d91fc6ac
 BANDS = 25
 NUM_PERM = 5 * BANDS   # numbers in a signature
 
 def signatures(
-    sets: list,      # the shingles of every text
+    sets,            # iterable of the shingles of every text
 ) -> np.ndarray:     # uint32[texts, NUM_PERM]
     "The MinHash signature of every set; the same sets always give the same signatures."
     from rensa import RMinHash
@@ -98,14 +100,17 @@ def near_duplicate_groups(
 ) -> list:                   # for every text the index of the first text of its group
     "Group near duplicates; the same number means the same group."
     texts = [normalise(t) for t in texts]
-    sets = {t: shingles(t) for t in texts}
-    common = common_shingles([sets[t] for t in texts])
-    sets = {t: pieces - common for t, pieces in sets.items()}
-    first = {}
+    common, first = common_shingles(texts), {}
     pairs = [(first.setdefault(t, i), i) for i, t in enumerate(texts)]
-    distinct = list(sets)
-    for i, j in candidate_pairs(signatures(list(sets.values()))):
+    distinct = list(first)
+    minhashes = signatures(shingles(t) - common for t in distinct)
+    @lru_cache(maxsize=1000)
+    def rare_shingles(text):
+        "What the exact comparison counts."
+        return shingles(text) - common
+    for i, j in candidate_pairs(minhashes):
+        estimate = np.mean(minhashes[i] == minhashes[j])
+        if estimate < threshold - 0.25: continue
         a, b = distinct[i], distinct[j]
-        if jaccard(sets[a], sets[b]) < threshold: continue
-        pairs.append((first[a], first[b]))
+        if jaccard(rare_shingles(a), rare_shingles(b)) >= threshold: pairs.append((first[a], first[b]))
     return connected(len(texts), pairs)

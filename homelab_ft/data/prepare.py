@@ -18,7 +18,7 @@ from .clean import CleaningReport, clean
 from .dedup import normalise
 from .formats import DatasetFormat, columns_of, detect_format, to_examples
 from .load import error_prefix, load_rows, source_fingerprint
-from .preference import check_objective, tokenize_pairs
+from .preference import check_objective
 from .split import check_labels, split, split_half
 from .tokenize import TokenCache, Tokenized, load_cache, save_cache, select, tokenize_examples, tokenizer_fingerprint
 from ..io import file_fingerprint, fingerprint, read_jsonl, write_atomic, write_json
@@ -88,8 +88,7 @@ def read_source(
     check_objective(config, dataset_format.kind)
     if dataset_format.kind != 'text': check_template(tok)
     examples, cleaning = clean(to_examples(rows, dataset_format, config.system_prompt))
-    tokenize = tokenize_pairs if dataset_format.kind == 'preference' else tokenize_examples
-    tokenized = tokenize(examples, tok, config.max_length, config.overlong_rows)
+    tokenized = tokenize_examples(examples, tok, config.max_length, config.overlong_rows)
     return Source(
         dataset_format=dataset_format,
         examples=[examples[i] for i in tokenized.positions],
@@ -153,7 +152,7 @@ def rows_table(
         'dropped: a label that occurs once': division.rare,
         'in the test, with a label that training never shows': len(unknown),
     }
-    cache = source.tokenized.cache
+    cache = source.tokenized.caches[0]
     return Table(['', 'rows', 'tokens'], [
         ['in the file', source.n_rows, ''],
         ['after cleaning', source.cleaning.rows_out, ''],
@@ -258,31 +257,32 @@ def build_prepared(
     if config.test_data is not None:
         with error_prefix('test_data'): test = read_source(config.test_data, config, tok, source.dataset_format)
     division = divide(source, test, config)
-    caches, rejected = {}, {}
+    parts, rejected = {}, {}
     for part, examples in division.parts.items():
-        tokenized = (test if test and part == 'test' else source).tokenized
-        caches[part] = select_rows(tokenized.cache, examples)
-        if tokenized.rejected: rejected[f'{part}_rejected'] = select_rows(tokenized.rejected, examples)
+        file = test if test and part == 'test' else source
+        cache, *others = [select_rows(cache, examples) for cache in file.tokenized.caches]
+        parts[part] = cache
+        if others: rejected[f'{part}_rejected'] = others[0]
     kind = source.dataset_format.kind
     labels = {e.label for examples in division.parts.values() for e in examples}
-    report = [rows_table(source, division, caches), source.cleaning.table()]
-    report += [source.tokenized.report.table(), source.dataset_format.table()]
+    report = [rows_table(source, division, parts), source.cleaning.table()]
+    report += [source.tokenized.table(), source.dataset_format.table()]
     if kind != 'text': report.append(check_template(tok).table())
-    report.append(example_table(caches['train'], tok))
+    report.append(example_table(parts['train'], tok))
     if test:
         cleaning = test.cleaning.table()
         cleaning.title = f'Test file. {cleaning.title}'
-        report += [cleaning, test.tokenized.report.table()]
+        report += [cleaning, test.tokenized.table()]
     rows = {'file': source.n_rows, 'cleaned': source.cleaning.rows_out, 'tokenized': len(source.examples)}
     return Prepared(
-        **caches,
+        **parts,
         rejected=rejected or None,
         test_examples=division.parts['test'],
         labels=sorted(labels) if kind == 'classification' else None,
         dataset_format=source.dataset_format,
         report=report,
         fingerprint=key,
-        rows=rows | {part: len(cache) for part, cache in caches.items()},
+        rows=rows | {part: len(cache) for part, cache in parts.items()},
     )
 
 # %% ../../nbs/data/09_prepare.ipynb #97efef9f

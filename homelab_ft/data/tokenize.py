@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TokenCache', 'make_cache', 'select', 'save_cache', 'load_cache', 'is_text', 'end_ids', 'encode_text',
-           'is_text_dataset', 'control_pattern', 'TokenReport', 'Tokenized', 'tokenize_examples',
+           'is_text_dataset', 'control_pattern', 'Tokenized', 'conversations_of', 'tokenize_examples',
            'tokenizer_fingerprint']
 
 # %% ../../nbs/data/07_tokenize.ipynb #49ca2488
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import DataError, ModelError
+from ..core import DataError, Example, ModelError
 from .chat_template import encode
 from .load import first_rows
 from ..io import fingerprint, write_atomic
@@ -120,14 +120,14 @@ def load_cache(
         next_step='delete it and prepare the data again',
     )
 
-# %% ../../nbs/data/07_tokenize.ipynb #3413ce70
+# %% ../../nbs/data/07_tokenize.ipynb #1f902f58
 def is_text(
     messages: list,     # of an `Example`
 ) -> bool:
     "Whether this is plain text and not a conversation."
     return messages[0]['role'] == 'text'
 
-# %% ../../nbs/data/07_tokenize.ipynb #dc195e77
+# %% ../../nbs/data/07_tokenize.ipynb #a8f9d25f
 def end_ids(
     tok,                # tokenizer, with a chat template or without
 ) -> set:               # of one token id
@@ -149,7 +149,7 @@ def encode_text(
     ids += end_ids(tok) - {ids[-1] if ids else None}
     return ids, [1] * len(ids)
 
-# %% ../../nbs/data/07_tokenize.ipynb #92eecd83
+# %% ../../nbs/data/07_tokenize.ipynb #7b8ad1d1
 def is_text_dataset(
     folder,             # a prepared data folder
 ) -> bool:              # False if it is not there
@@ -171,21 +171,22 @@ def control_pattern(
 
 # %% ../../nbs/data/07_tokenize.ipynb #49552dd4
 @dataclass
-class TokenReport:
-    "What tokenizing did; `control`, `too_long` and `truncated` hold row numbers of the data file."
+class Tokenized:
+    "Tokenized examples; `control`, `too_long` and `truncated` hold row numbers of the data file."
     rows_in: int             # rows that came in
-    caches: list             # `TokenCache`s with what remains; of preferences two
+    positions: list          # of the examples that remain, among all
+    caches: list             # one `TokenCache`; of preferences two, with the chosen and with the rejected answers
     control: list            # dropped: the text of a special token
     too_long: list           # dropped: longer than max_length
     truncated: list          # cut to max_length
 
     def table(self) -> Table:
-        "The report as a table."
+        "What was done, in numbers; tokens are counted over all caches."
         def count(rows):
             "How many rows, and the first of them."
             return f'{len(rows)} (row {first_rows(rows)})' if rows else '0'
         return Table(['tokens', ''], [
-            ['rows', f'{len(self.caches[0])} of {self.rows_in}'],
+            ['rows', f'{len(self.positions)} of {self.rows_in}'],
             ['tokens', sum(len(cache.input_ids) for cache in self.caches)],
             ['of these with loss', sum(cache.loss_tokens for cache in self.caches)],
             ['longest row', max(int(cache.lengths.max()) for cache in self.caches)],
@@ -194,13 +195,14 @@ class TokenReport:
             ['cut to max_length', count(self.truncated)],
         ])
 
-@dataclass
-class Tokenized:
-    "The result of tokenizing examples."
-    cache: TokenCache        # the examples that remain; of preferences with the chosen answers
-    positions: list          # their positions in the list of examples
-    report: TokenReport
-    rejected: TokenCache = None  # of preferences: the same prompts with the rejected answers
+# %% ../../nbs/data/07_tokenize.ipynb #c87da6a0
+def conversations_of(
+    example: Example,
+) -> list:               # of message lists
+    "The messages of an example; of preferences also those with the rejected answer."
+    if example.rejected is None: return [example.messages]
+    rejected = dict(role='assistant', content=example.rejected)
+    return [example.messages, [*example.messages[:-1], rejected]]
 
 # %% ../../nbs/data/07_tokenize.ipynb #1b33bed5
 def tokenize_examples(
@@ -212,22 +214,27 @@ def tokenize_examples(
     "Tokenize examples; raises `DataError` for rows that are too long (`overlong_rows='error'`) or if no row is left."
     from tqdm.auto import tqdm
     pattern = control_pattern(tok)
-    control, too_long, truncated = [], {}, []
-    encoded = {}
+    control, too_long, truncated, encoded = [], {}, [], {}
     for i, example in enumerate(tqdm(examples, desc='tokenizing', unit=' rows', delay=1, leave=False)):
-        if any(pattern.search(m['content']) for m in example.messages):
+        conversations = conversations_of(example)
+        texts = [m['content'] for messages in conversations for m in messages]
+        if any(map(pattern.search, texts)):
             control.append(example.row)
             continue
         encode_one = encode_text if is_text(example.messages) else encode
-        ids, mask = encode_one(example.messages, tok)
-        is_long = len(ids) > max_length
-        if is_long and not (overlong_rows == 'truncate' and any(mask[:max_length])):
-            too_long[example.row] = len(ids)
+        sequences = [tuple(encode_one(messages, tok)) for messages in conversations]
+        length = max(len(ids) for ids, _ in sequences)
+        cut = [(ids[:max_length], mask[:max_length]) for ids, mask in sequences]
+        has_answers = all(any(mask) for _, mask in cut)
+        differs = len(cut) == 1 or cut[0] != cut[1]
+        is_long = length > max_length
+        if is_long and overlong_rows != 'truncate' or not (has_answers and differs):
+            too_long[example.row] = length
             continue
         if is_long: truncated.append(example.row)
-        encoded[i] = ids[:max_length], mask[:max_length]
-    if too_long and overlong_rows == 'error':
-        row = max(too_long, key=too_long.get)
+        encoded[i] = cut
+    row = max(too_long, key=too_long.get, default=None)
+    if overlong_rows == 'error' and too_long.get(row, 0) > max_length:
         raise DataError(
             f'{len(too_long)} of {len(examples)} rows are longer than max_length',
             value=f'the longest has {too_long[row]} tokens (row {row})',
@@ -241,8 +248,9 @@ def tokenize_examples(
             allowed=f'rows of at most {max_length} tokens',
             next_step='raise max_length, or look at the data',
         )
-    cache = make_cache(list(encoded.values()), [examples[i].row for i in encoded])
-    return Tokenized(cache, list(encoded), TokenReport(len(examples), [cache], control, list(too_long), truncated))
+    rows = [examples[i].row for i in encoded]
+    caches = [make_cache(side, rows) for side in zip(*encoded.values())]
+    return Tokenized(len(examples), list(encoded), caches, control, list(too_long), truncated)
 
 # %% ../../nbs/data/07_tokenize.ipynb #500bec3d
 def tokenizer_fingerprint(

@@ -19,7 +19,7 @@ from ..io import now, read_jsonl, write_json
 from ..data.chat_template import encode, end_of_turn_ids, load_tokenizer, prompt_ids
 from ..data.preference import Answers, PreferencePairs
 from ..data.tokenize import TokenCache, is_text, load_cache, select
-from .bootstrap import Interval, paired_bootstrap, paired_bootstrap_accuracy
+from .bootstrap import Interval, paired_bootstrap
 from .likelihood import perplexity, sequence_nll
 from .metrics import exact_matches, macro_f1, prefers_chosen, reward_accuracy
 from .inference import generate_greedy, label_logprobs, load_fine_tuned
@@ -254,10 +254,9 @@ def metric_results(
         base.correct['reward accuracy'] = np.full(n, 0.5)
         fine_tuned.correct['reward accuracy'] = reward_accuracy(base.pair_logprobs, fine_tuned.pair_logprobs)
     for name, right in fine_tuned.correct.items():
-        base_right = base.correct[name]
-        gain = paired_bootstrap_accuracy(base_right, right, **resampling)
-        shares = [float(np.mean(r)) for r in (base_right, right)]
-        results.append(MetricResult(name, *shares, len(right), percent=True, **asdict(gain)))
+        right = np.array([base.correct[name], right], dtype=float)
+        gain = paired_bootstrap(*(1 - right), np.ones(right.shape[1]), **resampling)
+        results.append(MetricResult(name, *right.mean(1).tolist(), right.shape[1], percent=True, **asdict(gain)))
     if config.objective == 'dpo' and data.pairs: return results[-2:] + results[:-2]
     return results
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..core import ConfigError, GiB
+from ..core import GiB
 from ..hardware.gpu import live_gpu
 from ..hardware.gpu_catalog import Gpu, find_gpu, machine_gpu
 from ..hardware.machine import detect_machine
 from .memory.estimate import METHODS, EstimateSpec, MemoryEstimate, estimate, estimate_with_checkpointing
 from .model_shape import ModelShape
-from .throughput import check_limit
+from .throughput import check_limit, check_positive
 
 # %% ../../nbs/plan/05_search.ipynb #e48c12db
 @dataclass(frozen=True)
@@ -49,9 +49,7 @@ def plan_target(
         gpu = find_gpu(gpu) if isinstance(gpu, str) else gpu
         return PlanTarget(gpu.id, gpu.limit_bytes, gpu=gpu, facts=[gpu])
     if gib is None: return this_machine()
-    if not gib > 0:
-        next_step = 'for example --gib 12'
-        raise ConfigError('--gib is no amount of memory', value=gib, allowed='more than 0', next_step=next_step)
+    check_positive(**{'--gib': gib})
     return PlanTarget(f'{gib:g} GiB', round(gib * GiB))
 
 # %% ../../nbs/plan/05_search.ipynb #fb074d53

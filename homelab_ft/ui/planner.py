@@ -136,7 +136,7 @@ def planner_map(
     longest = shape.max_position_embeddings
     lengths = sorted({min(n, longest) for n in (*CHOICES['length'], spec.length)})
     batches = sorted({*CHOICES['batch_size'], spec.batch_size})
-    peaks = length_batch_map(state.limit, shape, lengths, batches, gradient_checkpointing=state.checkpointing, spec=spec)
+    peaks = length_batch_map(state.limit, shape, lengths, batches, 0.05, state.checkpointing, spec)
     return PlannerMap(lengths, batches, peaks)
 
 def map_html(
@@ -174,6 +174,9 @@ def planner_widget(
     controls = {name: make_control(name, value) for name, value in asdict(state or default_state()).items()}
     view, heat = W.HTML(), W.HTML()
     fold = W.Accordion([heat], titles=('What else fits: length by batch',), selected_index=0)
+    layout = W.Layout(display='flex', flex_flow='row wrap')
+    box = W.VBox([W.Box(list(controls.values()), layout=layout), view, fold])
+    box.controls, box.view, box.fold, box.map = controls, view, fold, heat
 
     def redraw(change=None):
         "The pictures for what the controls say now."
@@ -184,7 +187,4 @@ def planner_widget(
     for control in controls.values(): control.observe(redraw, 'value')
     fold.observe(redraw, 'selected_index')
     redraw()
-    layout = W.Layout(display='flex', flex_flow='row wrap')
-    box = W.VBox([W.Box(list(controls.values()), layout=layout), view, fold])
-    box.controls, box.view, box.fold, box.map = controls, view, fold, heat
     return box

@@ -207,7 +207,7 @@ def _make_step(witness, model, config, scene):
     "The training step of a run, its parts named."
     why, again = why_padded(model, config, scene.card), scene.policies[0] == 'layer'
     witness.expect_products(config.method == 'full' or not why or scene.tried)       # those are rehearsed on the card before their first step
-    if config.method == 'full': return full_step(model, again, config.label_smoothing_factor, lean=scene.card != 'cpu')
+    if config.method == 'full': return full_step(model, again, config.label_smoothing_factor, chunked_loss=scene.card != 'cpu')
     if why: return engine.PaddedStep(model, why, again, config.label_smoothing_factor)
     step = _flat(model, config, scene)
     if scene.table_away and step.offload_embedding(): witness.leaves(step.offloaded_embedding.table)

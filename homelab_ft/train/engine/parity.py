@@ -5,33 +5,36 @@
 # %% auto #0
 __all__ = ['TOLERANCE', 'gradient', 'check']
 
-# %% ../../../nbs/train/engine/07_parity.ipynb #a4bb38da
+# %% ../../../nbs/train/engine/07_parity.ipynb #09f05b0b
 import torch
 
 # %% ../../../nbs/train/engine/07_parity.ipynb #cb85d718
 def gradient(
     model,              # with trainable parameters
     run,                # function that adds a gradient to `.grad` and returns its loss
-    forget=None,        # function that forgets gradients; None: the model's `zero_grad`
-) -> tuple:             # (loss, gradient as one float32 vector in host memory)
+    zero_grad=None,     # function that drops gradients; None: the model's `zero_grad`
+) -> tuple:             # (loss, gradient as one float32 vector in CPU RAM)
     "What `run` computes; no gradient is left behind."
-    forget = forget or model.zero_grad
-    forget()
-    total = float(run())
-    found = torch.cat([p.grad.detach().float().reshape(-1).cpu() for p in model.parameters() if p.requires_grad and p.grad is not None])
-    forget()
-    return total, found
-
-# %% ../../../nbs/train/engine/07_parity.ipynb #4ce2e59d
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.2, torch.bfloat16: 0.2}
+    zero_grad = zero_grad or model.zero_grad
+    zero_grad()
+    loss = float(run())
+    grads = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+    vector = torch.cat([g.detach().float().reshape(-1).cpu() for g in grads])
+    zero_grad()
+    return loss, vector
 
 # %% ../../../nbs/train/engine/07_parity.ipynb #eb774535
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.2, torch.bfloat16: 0.2}
+
 def check(
-    found: tuple,       # (loss, gradient)
-    wanted: tuple,      # (loss, gradient) of the plain computation
+    actual: tuple,      # (loss, gradient) of a fast path
+    expected: tuple,    # (loss, gradient) of the plain computation
     dtype,              # that matrices were multiplied in
 ) -> str:               # empty if they agree
-    "In words, how far a fast path is from the plain one, if that is too far; a result that is no number never agrees."
-    limit, apart = TOLERANCE[dtype], float((found[1] - wanted[1]).norm() / wanted[1].norm().clamp_min(1e-30))
-    if apart <= limit and abs(found[0] - wanted[0]) <= limit * max(1., abs(wanted[0])): return ''
-    return f'its gradient is {apart:.1e} away from the plain one, its loss {found[0]:.4f} instead of {wanted[0]:.4f}'
+    "How far a fast path is from the plain one, if that is too far; NaN never agrees."
+    (loss, grad), (expected_loss, expected_grad) = actual, expected
+    limit = TOLERANCE[dtype]
+    distance = float((grad - expected_grad).norm() / expected_grad.norm().clamp_min(1e-30))
+    same_loss = abs(loss - expected_loss) <= limit * max(1., abs(expected_loss))
+    if distance <= limit and same_loss: return ''
+    return f'its gradient is {distance:.1e} away from the plain one, its loss {loss:.4f} instead of {expected_loss:.4f}'

@@ -19,31 +19,39 @@ class AdapterCasts:
         dtype,              # of the copies: bfloat16 or float16
     ):
         self.layers = fused_layers(model)
-        names = [m.active_adapters[0] for m in self.layers]
-        self.a = [m.lora_A[n].weight for m, n in zip(self.layers, names)]
-        self.b = [m.lora_B[n].weight for m, n in zip(self.layers, names)]
+        self.a, self.b = [], []
+        self.scaling = []
+        for m in self.layers:
+            name = m.active_adapters[0]
+            self.a.append(m.lora_A[name].weight)
+            self.b.append(m.lora_B[name].weight)
+            self.scaling.append(float(m.scaling[name]))
         self.master = self.a + self.b
-        self.scaling = [float(m.scaling[n]) for m, n in zip(self.layers, names)]
         self.casts = [torch.empty_like(p, dtype=dtype).requires_grad_() for p in self.master]
-        for layer, a, b in zip(self.layers, self.casts, self.casts[len(self.a):]): layer._casts = a, b
+        n = len(self.layers)
+        for i, m in enumerate(self.layers):
+            m._casts = self.casts[i], self.casts[n + i]
         self.update()
 
     def update(self):
         "Copy the master weights; after the optimizer, before the next micro-batch."
         if not self.layers: return
         with torch.no_grad():
-            torch._foreach_copy_(self.casts, [*self.a, *torch._foreach_mul(self.b, self.scaling)])
+            scaled = torch._foreach_mul(self.b, self.scaling)
+            torch._foreach_copy_(self.casts, [*self.a, *scaled])
             for m in self.layers:
-                if m._merged is not None: merge_lora(*m._casts, m._frozen, out=m._merged)
+                if m._merged is None: continue
+                merge_lora(*m._casts, m._frozen, out=m._merged)
 
     def unscale_into_master_grads(self):
         "Add the copies' gradients to those of the master weights, and drop them."
         if not self.layers: return
         grads = [torch.empty_like(p) for p in self.master]
         torch._foreach_copy_(grads, [t.grad for t in self.casts])
-        torch._foreach_mul_(grads[len(self.a):], self.scaling)
+        torch._foreach_mul_(grads[len(self.layers):], self.scaling)
         if self.a[0].grad is None:
-            for p, grad in zip(self.master, grads): p.grad = grad
+            for p, grad in zip(self.master, grads):
+                p.grad = grad
         else: torch._foreach_add_([p.grad for p in self.master], grads)
         self.drop_grads()
 
@@ -61,9 +69,12 @@ class AdapterCasts:
         for m in self.layers: m._merged = None
         for layer in layers:
             quantized = [m for m in fused_layers(layer) if m._frozen.constants]
-            free_bytes -= sum(m._frozen.weight.numel() * 2 * dtype.itemsize for m in quantized)      # two values a byte
+            packed = sum(m._frozen.weight.numel() for m in quantized)
+            free_bytes -= 2 * packed * dtype.itemsize       # two values a byte
             if not quantized or free_bytes < 0: break
-            for m in quantized: m._merged = torch.empty(m._frozen.shape, dtype=dtype, device=m._frozen.weight.device)
+            for m in quantized:
+                weight, shape = m._frozen.weight, m._frozen.shape
+                m._merged = weight.new_empty(shape, dtype=dtype)
             cached += 1
         self.update()
         return cached

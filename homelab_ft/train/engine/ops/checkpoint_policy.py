@@ -18,5 +18,6 @@ def choose_policies(
     mlp_cost = max(1, sizes['mlp'] - sizes['layer'])
     none_cost = max(1, sizes['none'] - sizes['mlp'])
     mlp = min(n, free_bytes // mlp_cost)
-    none = min(mlp, (free_bytes - mlp * mlp_cost) // none_cost)
+    left = free_bytes - mlp * mlp_cost
+    none = min(mlp, left // none_cost)
     return ['none'] * none + ['mlp'] * (mlp - none) + ['layer'] * (n - mlp)

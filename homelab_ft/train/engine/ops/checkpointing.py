@@ -27,9 +27,9 @@ def uses_dropout(
 ) -> bool:
     "Whether there is dropout of any kind anywhere in a module."
     for m in module.modules():
-        if isinstance(m, _DropoutNd): rates = [m.p]
-        else: rates = [v for k, v in vars(m).items() if 'drop' in k and isinstance(v, float)]
-        if any(rate > 0 for rate in rates): return True
+        if isinstance(m, _DropoutNd) and m.p > 0: return True
+        for name, value in vars(m).items():
+            if 'drop' in name and isinstance(value, float) and value > 0: return True
     return False
 
 # %% ../../../../nbs/train/engine/ops/07_checkpointing.ipynb #2dc3824f
@@ -53,18 +53,20 @@ class ForwardContext:
 
     def random_state(self) -> tuple:
         "The state of the CPU's generator, and of the GPU's if there is one."
-        return torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if self.gpus else None
+        on_gpu = torch.cuda.get_rng_state(self.device) if self.gpus else None
+        return torch.get_rng_state(), on_gpu
 
     @contextmanager
     def restored(self):
         "A context in which a computation runs as it ran then, with gradients. A second block goes on where the first ended."
-        use_random = self.random is not None
-        with torch.random.fork_rng(self.gpus, enabled=use_random), torch.autocast(**self.autocast), torch.enable_grad():
-            if use_random:
-                torch.set_rng_state(self.random[0])
-                if self.gpus: torch.cuda.set_rng_state(self.random[1], self.device)
+        fork = torch.random.fork_rng(self.gpus, enabled=self.random is not None)
+        with fork, torch.autocast(**self.autocast), torch.enable_grad():
+            if self.random:
+                on_cpu, on_gpu = self.random
+                torch.set_rng_state(on_cpu)
+                if self.gpus: torch.cuda.set_rng_state(on_gpu, self.device)
             yield
-            if use_random: self.random = self.random_state()
+            if self.random: self.random = self.random_state()
 
 # %% ../../../../nbs/train/engine/ops/07_checkpointing.ipynb #20404ccf
 class CheckpointedLayer(torch.autograd.Function):
@@ -143,9 +145,10 @@ class ChunkedMLP(torch.autograd.Function):
         if not value: return x.new_empty(()).expand(x.shape)
         out = None
         for start in range(0, x.shape[1], chunk):
-            y = module(x[:, start:start + chunk])
+            part = slice(start, start + chunk)
+            y = module(x[:, part])
             if out is None: out = y.new_empty(*x.shape[:2], y.shape[2])
-            out[:, start:start + chunk] = y
+            out[:, part] = y
         return out
 
     @staticmethod
@@ -183,8 +186,9 @@ def is_prenorm_block(
     layer,              # decoder layer
 ) -> bool:
     "Whether the layer is `h = x + attention(norm(x))`, then `h + mlp(norm(h))`, and nothing else."
+    def attention(hidden_states, position_embeddings=0, **_): return 3 * hidden_states * position_embeddings, None
     parts = dict(input_layernorm=lambda x: 2 * x,
-                 self_attn=lambda hidden_states, position_embeddings=0, **_: (3 * hidden_states * position_embeddings, None),
+                 self_attn=attention,
                  post_attention_layernorm=lambda x: 5 * x,
                  mlp=lambda x: 7 * x)
     if {name for name, _ in layer.named_children()} != set(parts): return False
@@ -239,7 +243,8 @@ def restore(
 ):
     "Undo `apply_policies`: every layer as transformers made it."
     for layer in layers:
-        for module in (layer, layer.mlp): module.__dict__.pop('forward', None)
+        vars(layer).pop('forward', None)
+        vars(layer.mlp).pop('forward', None)
 
 # %% ../../../../nbs/train/engine/ops/07_checkpointing.ipynb #1d98d3d8
 def apply_policies(
@@ -252,9 +257,11 @@ def apply_policies(
     "Give every layer its policy, in place of earlier ones. `ConfigError` for an unknown policy or a wrong number of them."
     unknown = set(policies) - set(POLICIES)
     if unknown:
-        raise ConfigError('unknown checkpointing policy', unknown.pop(), ', '.join(POLICIES), 'give every layer one of these')
-    if len(policies) != len(layers):
-        raise ConfigError(f'{len(layers)} layers need as many checkpointing policies', len(policies), next_step='give one per layer')
+        allowed = ', '.join(POLICIES)
+        raise ConfigError('unknown checkpointing policy', unknown.pop(), allowed, 'give every layer one of these')
+    n = len(layers)
+    if len(policies) != n:
+        raise ConfigError(f'{n} layers need as many policies', len(policies), next_step='give one per layer')
     if mlp_chunk < 0: raise ConfigError('mlp_chunk is negative', mlp_chunk, 'a number of tokens, or 0 for all')
     if 'offload' in policies and offloader is None:
         raise ConfigError('policy offload needs an offloader', next_step='pass `offloader=ActivationOffloader()`')
@@ -262,11 +269,14 @@ def apply_policies(
     for layer, policy in zip(layers, policies):
         forward = run or type(layer).forward
         checkpointed = policy in ('layer', 'offload')
-        chunk = mlp_chunk if mlp_chunk and checkpointed and is_prenorm_block(layer) else 0
+        chunk = 0
+        if mlp_chunk and checkpointed and is_prenorm_block(layer): chunk = mlp_chunk
         if mlp_chunk and not chunk: chunk_mlp(layer.mlp, mlp_chunk)
         elif policy == 'mlp': checkpoint_mlp(layer.mlp)
-        destination = offloader if policy == 'offload' else None
-        layer.forward = checkpointed_forward(layer, forward, destination, chunk) if checkpointed else partial(forward, layer)
+        layer.forward = partial(forward, layer)
+        if checkpointed:
+            destination = offloader if policy == 'offload' else None
+            layer.forward = checkpointed_forward(layer, forward, destination, chunk)
 
 # %% ../../../../nbs/train/engine/ops/07_checkpointing.ipynb #41e4b376
 def compile_forward(

@@ -26,7 +26,8 @@ def chunk_loss(
     vocabulary = torch.arange(vocab, device=targets.device)[None]
     target = (vocabulary == targets[:, None]) * (1 - smoothing) + smoothing / vocab
     loss = ((norm - (z * target).sum(-1)) * weights).sum()
-    grad = (torch.exp(z - norm[:, None]) - target) * weights[:, None]
+    grad = torch.exp(z - norm[:, None]) - target
+    grad = grad * weights[:, None]
     return loss, grad.to(logits.dtype)
 
 # %% ../../../../nbs/train/engine/ops/05_chunked_loss.ipynb #30ca6965
@@ -51,8 +52,7 @@ class ChunkedLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         hidden_grad = torch.empty_like(hidden)
         head_grad = into
-        if into is None and weight.requires_grad:
-            head_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        if into is None and weight.requires_grad: head_grad = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             loss, grad = math(hidden[part] @ w.t(), targets[part], weights[part], smoothing)
@@ -72,7 +72,8 @@ class ChunkedLoss(torch.autograd.Function):
         ctx.used = True
         hidden_grad, head_grad = ctx.saved_tensors
         if head_grad is not None: head_grad = head_grad.mul_(scale)
-        return hidden_grad * scale.to(hidden_grad.dtype), head_grad, *[None] * 6
+        hidden_grad = hidden_grad * scale.to(hidden_grad.dtype)
+        return hidden_grad, head_grad, *[None] * 6
 
 # %% ../../../../nbs/train/engine/ops/05_chunked_loss.ipynb #873d88b3
 def chunked_loss(
@@ -87,7 +88,7 @@ def chunked_loss(
 ) -> Tensor:            # 0-d float32, nats
     "Weighted sum of the negative log-likelihoods."
     n = len(hidden)
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1:] != weight.shape[1:]:
         shapes = f'hidden states {tuple(hidden.shape)} and output head {tuple(weight.shape)}'
         raise ValueError(f'{shapes} should be [n, hidden size] and [vocab, hidden size]')
     if targets.shape != (n,) or weights.shape != (n,):
@@ -113,9 +114,11 @@ def inplace_math(
     if smoothing: target_logit = target_logit + smoothing * z.mean(-1)
     largest = z.amax(-1, keepdim=True)
     total = z.sub_(largest).exp_().sum(-1, keepdim=True)
-    loss = (((largest + total.log())[:, 0] - target_logit) * weights).sum()
+    norm = (largest + total.log())[:, 0]
+    loss = ((norm - target_logit) * weights).sum()
     at_target = torch.full_like(index, smoothing - 1, dtype=z.dtype)
-    z.div_(total).sub_(smoothing / vocab).scatter_add_(1, index, at_target).mul_(weights[:, None])
+    z.div_(total).sub_(smoothing / vocab)
+    z.scatter_add_(1, index, at_target).mul_(weights[:, None])
     return loss, z.to(logits.dtype)
 
 # %% ../../../../nbs/train/engine/ops/05_chunked_loss.ipynb #b2b7c1b5

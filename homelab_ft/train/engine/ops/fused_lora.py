@@ -66,14 +66,14 @@ def lora_linear_backward(
 @lora_linear.register_fake
 def _lora_linear_shapes(x, a, b, *frozen):
     "Two tensors of x's type."
-    tokens, shape = x.shape[0], frozen[-1]
-    return x.new_empty(tokens, shape[0]), x.new_empty(tokens, a.shape[0])
+    (n_out, _), tokens = frozen[-1], x.shape[0]
+    return x.new_empty(tokens, n_out), x.new_empty(tokens, a.shape[0])
 
 @lora_linear_backward.register_fake
 def _lora_linear_backward_shapes(dy, a, b, *frozen):
     "Two tensors of dy's type."
-    tokens, shape = dy.shape[0], frozen[-1]
-    return dy.new_empty(tokens, shape[1]), dy.new_empty(tokens, a.shape[0])
+    (_, n_in), tokens = frozen[-1], dy.shape[0]
+    return dy.new_empty(tokens, n_in), dy.new_empty(tokens, a.shape[0])
 
 def _save_for_backward(ctx, inputs, output):
     "The input, `h`, and references to tensors that exist anyway."
@@ -85,7 +85,9 @@ def _lora_linear_gradients(ctx, dy, dh):
     x, h, a, b, weight, *constants = ctx.saved_tensors
     dy = dy.contiguous()
     dx, g = lora_linear_backward(dy, a, b, weight, constants, *ctx.rest)
-    return dx, g.t() @ x, dy.t() @ h, None, [None] * len(constants), *[None] * 3
+    da = g.t() @ x
+    db = dy.t() @ h
+    return dx, da, db, None, [None] * len(constants), None, None, None
 
 lora_linear.register_autograd(_lora_linear_gradients, setup_context=_save_for_backward)
 
@@ -96,21 +98,22 @@ def unsupported_reason(
     "Why this adapter cannot be fused."
     base, names = layer.base_layer, layer.active_adapters
     if not isinstance(base, torch.nn.Linear): return f'a base layer of type {type(base).__name__}'
-    weight, q = base.weight, getattr(base.weight, 'quant_state', None)
+    weight = base.weight
+    q = getattr(weight, 'quant_state', None)
     if weight.requires_grad: return 'base weights that are trained themselves'
     if weight.dtype == torch.int8: return '8-bit weights'
     known = type(base) is torch.nn.Linear and weight.is_floating_point()
     if q is not None:
-        known_scales = not q.nested or q.state2.blocksize == 256
-        known = weight.dtype == torch.uint8 and known_scales and not getattr(q, 'packing_format_for_cpu', False)
+        for_gpu = weight.dtype == torch.uint8 and not getattr(q, 'packing_format_for_cpu', False)
+        known = for_gpu and (not q.nested or q.state2.blocksize == 256)
     if not known: return 'a weight of unknown packing'
     if len(names) != 1 or layer.merged: return 'several adapters, or a merged one'
     name = names[0]
     if name not in layer.lora_A: return 'no matrices of the active adapter'
     if name in getattr(layer, 'lora_variant', {}): return 'DoRA or another variant of LoRA'
     if not isinstance(layer.lora_dropout[name], torch.nn.Identity): return 'lora_dropout is above 0'
-    if getattr(layer, 'fan_in_fan_out', False) or layer.lora_bias.get(name): return 'transposed weights or a trained bias'
-    return ''
+    transposed = getattr(layer, 'fan_in_fan_out', False)
+    return 'transposed weights or a trained bias' if transposed or layer.lora_bias.get(name) else ''
 
 # %% ../../../../nbs/train/engine/ops/02_fused_lora.ipynb #29f4fb37
 def _fused_forward(self, x, *args, **kwargs):
@@ -123,11 +126,15 @@ def _fused_forward(self, x, *args, **kwargs):
     else:
         name = self.active_adapters[0]
         a = self.lora_A[name].weight.to(x.dtype)
-        b = (self.lora_B[name].weight * self.scaling[name]).to(x.dtype)
-    frozen = self._frozen if self._merged is None else (self._merged, [], 0, 'merged', self._frozen[-1])
-    y, _ = lora_linear(x.reshape(-1, x.shape[-1]), a, b, *frozen)
-    if self.base_layer.bias is not None: y = y + self.base_layer.bias.to(y.dtype)
-    return y.view(*x.shape[:-1], y.shape[-1])
+        b = self.lora_B[name].weight * self.scaling[name]
+        b = b.to(x.dtype)
+    frozen = self._frozen
+    if self._merged is not None: frozen = self._merged, [], 0, 'merged', frozen.shape
+    *lead, n_in = x.shape
+    y, _ = lora_linear(x.reshape(-1, n_in), a, b, *frozen)
+    bias = self.base_layer.bias
+    if bias is not None: y = y + bias.to(y.dtype)
+    return y.view(*lead, y.shape[-1])
 
 @cache
 def _fused_class(kind):

@@ -18,9 +18,13 @@ def sequence_lengths(
 ) -> Tensor:                # float32 [batch, 1] or [1, tokens]: tokens of the sequence that each position belongs to
     "How long each sequence is. A padded sequence that ends in token 0 itself counts as a token shorter."
     width = ids.shape[1]
-    if cu_seqlens is None: return width - (ids != 0).flip(1).float().argmax(1, keepdim=True).float()
-    sequence = torch.bucketize(torch.arange(width, device=ids.device), cu_seqlens[1:].long(), right=True)
-    return cu_seqlens.diff().float()[sequence][None]
+    if cu_seqlens is None:
+        padding = (ids != 0).flip(1).float().argmax(1, keepdim=True)
+        return width - padding.float()
+    position = torch.arange(width, device=ids.device)
+    sequence = torch.bucketize(position, cu_seqlens[1:].long(), right=True)
+    lengths = cu_seqlens.diff().float()
+    return lengths[sequence][None]
 
 # %% ../../../../nbs/train/engine/ops/11_neftune.ipynb #917e8db1
 def add_noise(
@@ -33,8 +37,10 @@ def add_noise(
     if not decoder.training or ids is None: return
     embedding = decoder.get_input_embeddings()
     x = embedding(ids)
-    strength = embedding.neftune_noise_alpha / (sequence_lengths(ids, kwargs.get('cu_seqlens')) * x.shape[-1]).sqrt()
-    noise = torch.empty_like(x).uniform_(-1, 1) * strength[..., None].to(x.dtype)
+    lengths = sequence_lengths(ids, kwargs.get('cu_seqlens'))
+    strength = embedding.neftune_noise_alpha / (lengths * x.shape[-1]).sqrt()
+    strength = strength[..., None].to(x.dtype)
+    noise = torch.empty_like(x).uniform_(-1, 1) * strength
     return args, kwargs | dict(input_ids=None, inputs_embeds=x + noise)
 
 def add_neftune(

@@ -28,7 +28,8 @@ def quant_tensors(
 ) -> QuantTensors:
     "The parts of a frozen weight; they share its memory."
     q = getattr(weight, 'quant_state', None)
-    if q is None: return QuantTensors(weight.data, [], 0, '', list(weight.shape))
+    if q is None:
+        return QuantTensors(weight.data, [], 0, '', list(weight.shape))
     constants = [q.absmax, q.code]
     if q.nested: constants += [q.state2.absmax, q.state2.code, q.offset]
     return QuantTensors(weight.data, constants, q.blocksize, q.quant_type, list(q.shape))
@@ -36,20 +37,35 @@ def quant_tensors(
 # %% ../../../../nbs/train/engine/ops/03_nf4_kernels.ipynb #3190e9cf
 if triton:
     @triton.jit
-    def _dequantize_kernel(packed, scales, code, scales2, code2, offset, out, n_bytes, n_values,
-                           BLOCK: tl.constexpr, SIZE: tl.constexpr, NESTED: tl.constexpr):
-        "Two 4-bit indices per byte, the first in the high half; one scale per `SIZE` values, itself in 8 bits if NESTED."
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < n_bytes
-        byte = tl.load(packed + at, mask=inside, other=0).to(tl.int32)
-        group = at // (SIZE // 2)
+    def _load_scales(scales, scales2, code2, offset, group, inside, NESTED: tl.constexpr):
+        "float32 scales of these groups, which are themselves in 8 bits if NESTED."
         scale = tl.load(scales + group, mask=inside, other=0)
         if NESTED:
             scale2 = tl.load(scales2 + group // 256, mask=inside, other=0.)
-            scale = tl.load(code2 + scale.to(tl.int32)) * scale2 + tl.load(offset)
-        values = tl.join(tl.load(code + (byte >> 4)) * scale, tl.load(code + (byte & 15)) * scale)
-        to = tl.program_id(0) * BLOCK * 2 + tl.arange(0, BLOCK * 2)
-        tl.store(out + to, tl.reshape(values.to(out.dtype.element_ty), [BLOCK * 2]), mask=to < n_values)
+            level = tl.load(code2 + scale.to(tl.int32))
+            scale = level * scale2 + tl.load(offset)
+        return scale
+
+    @triton.jit
+    def _decode(packed, at, inside, code, scale):
+        "Two values per byte, the first in the high half, in a new last dimension."
+        byte = tl.load(packed + at, mask=inside, other=0).to(tl.int32)
+        high = tl.load(code + (byte >> 4)) * scale
+        low = tl.load(code + (byte & 15)) * scale
+        return tl.join(high, low)
+
+    @triton.jit
+    def _dequantize_kernel(packed, scales, code, scales2, code2, offset, out, n_bytes, n_values,
+                           BLOCK: tl.constexpr, SIZE: tl.constexpr, NESTED: tl.constexpr):
+        "A block of bytes; one scale per `SIZE` values."
+        block = tl.program_id(0) * BLOCK
+        at = block + tl.arange(0, BLOCK)
+        inside = at < n_bytes
+        scale = _load_scales(scales, scales2, code2, offset, at // (SIZE // 2), inside, NESTED)
+        values = _decode(packed, at, inside, code, scale)
+        values = tl.reshape(values.to(out.dtype.element_ty), [BLOCK * 2])
+        to = block * 2 + tl.arange(0, BLOCK * 2)
+        tl.store(out + to, values, mask=to < n_values)
 
 def kernel_constants(
     q: QuantTensors,    # 4 bits
@@ -64,8 +80,10 @@ def dequantize_triton(
     "One kernel from packed bytes to the matrix."
     out = torch.empty(q.shape, dtype=dtype, device=q.weight.device)
     n = q.weight.numel()
-    _dequantize_kernel[(triton.cdiv(n, 2048),)](q.weight, *kernel_constants(q), out, n, out.numel(), BLOCK=2048,
-                                                SIZE=q.blocksize, NESTED=len(q.constants) == 5, num_warps=8)
+    grid = triton.cdiv(n, 2048),
+    _dequantize_kernel[grid](
+        q.weight, *kernel_constants(q), out, n, out.numel(),
+        BLOCK=2048, SIZE=q.blocksize, NESTED=len(q.constants) == 5, num_warps=8)
     return out
 
 # %% ../../../../nbs/train/engine/ops/03_nf4_kernels.ipynb #7fde4121
@@ -99,28 +117,27 @@ if triton:
         "A block of the matrix, dequantized, plus the same block of b a. Every row is whole groups of `SIZE` values, each with one scale, read once."
         GROUPS: tl.constexpr = BYTES * 2 // SIZE
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
-        column = tl.program_id(1) * BYTES * 2 + tl.arange(0, BYTES * 2)
-        group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+        block = tl.program_id(1)
+        byte = (block * BYTES + tl.arange(0, BYTES))[None]
+        column = (block * BYTES * 2 + tl.arange(0, BYTES * 2))[None]
+        group = (block * GROUPS + tl.arange(0, GROUPS))[None]
         rank = tl.arange(0, RANK)
         rows = row[:, None] < n_out
         first = row[:, None].to(tl.int64)
-        at = first * (n_in // SIZE) + group[None]
-        inside = rows & (group[None] < n_in // SIZE)
-        scale = tl.load(scales + at, mask=inside, other=0)
-        if NESTED:
-            scale2 = tl.load(scales2 + at // 256, mask=inside, other=0.)
-            scale = tl.load(code2 + scale.to(tl.int32)) * scale2 + tl.load(offset)
-        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], [ROWS, GROUPS, SIZE // 2]), [ROWS, BYTES])
-        half = n_in // 2
-        both = tl.load(packed + first * half + byte[None], mask=rows & (byte[None] < half), other=0).to(tl.int32)
-        values = tl.join(tl.load(code + (both >> 4)) * scale, tl.load(code + (both & 15)) * scale)
+        n_groups, half = n_in // SIZE, n_in // 2
+        at, inside = first * n_groups + group, rows & (group < n_groups)
+        scale = _load_scales(scales, scales2, code2, offset, at, inside, NESTED)
+        scale = tl.broadcast_to(scale[:, :, None], [ROWS, GROUPS, SIZE // 2])
+        scale = tl.reshape(scale, [ROWS, BYTES])
+        values = _decode(packed, first * half + byte, rows & (byte < half), code, scale)
         values = tl.reshape(values, [ROWS, BYTES * 2])
-        columns = column[None] < n_in
-        block_b = tl.load(b + row[:, None] * r + rank[None], mask=rows & (rank[None] < r), other=0.)
-        block_a = tl.load(a + rank[:, None] * n_in + column[None], mask=(rank[:, None] < r) & columns, other=0.)
-        merged = (values + tl.dot(block_b, block_a)).to(out.dtype.element_ty)
-        tl.store(out + first * n_in + column[None], merged, mask=rows & columns)
+        columns = column < n_in
+        in_b = rows & (rank[None] < r)
+        block_b = tl.load(b + row[:, None] * r + rank[None], mask=in_b, other=0.)
+        in_a = (rank[:, None] < r) & columns
+        block_a = tl.load(a + rank[:, None] * n_in + column, mask=in_a, other=0.)
+        merged = values + tl.dot(block_b, block_a)
+        tl.store(out + first * n_in + column, merged.to(out.dtype.element_ty), mask=rows & columns)
 
 # %% ../../../../nbs/train/engine/ops/03_nf4_kernels.ipynb #9390ef27
 def can_merge(
@@ -128,8 +145,9 @@ def can_merge(
     q: QuantTensors,    # the frozen weight
 ) -> bool:
     "Whether `_merge_kernel` can make this matrix."
-    on_gpu = bool(q.constants) and triton is not None and a.is_cuda and a.dtype != torch.float32
-    return on_gpu and len(a) <= 128 and q.shape[1] % q.blocksize == 0 and q.blocksize <= 128
+    if not q.constants or triton is None or not a.is_cuda: return False
+    whole_groups = q.blocksize <= 128 and q.shape[1] % q.blocksize == 0
+    return whole_groups and len(a) <= 128 and a.dtype != torch.float32
 
 def merge_lora(
     a: Tensor,          # [r, in], of the result's type
@@ -139,11 +157,16 @@ def merge_lora(
 ) -> Tensor:            # [out, in]
     "`round(W + b a)`, rounded once."
     if out is None: out = a.new_empty(q.shape)
-    if not can_merge(a, q): return out.copy_(dequantize(q, torch.float32).addmm(b.float(), a.float()))
+    if not can_merge(a, q):
+        dense = dequantize(q, torch.float32)
+        return out.copy_(dense.addmm(b.float(), a.float()))
     n_out, n_in = q.shape
     rank = max(16, triton.next_power_of_2(len(a)))
-    rows, columns = (32, 128) if rank == 16 else (64, 64)       # measured fastest
-    _merge_kernel[triton.cdiv(n_out, rows), triton.cdiv(n_in, 2 * columns)](
-        q.weight, *kernel_constants(q), a.contiguous(), b.contiguous(), out, n_out, n_in, len(a),
-        ROWS=rows, BYTES=columns, RANK=rank, SIZE=q.blocksize, NESTED=len(q.constants) == 5, num_warps=4)
+    rows, columns = (32, 128) if rank == 16 else (64, 64)       # of bytes, measured fastest
+    grid = triton.cdiv(n_out, rows), triton.cdiv(n_in, 2 * columns)
+    _merge_kernel[grid](
+        q.weight, *kernel_constants(q), a.contiguous(), b.contiguous(), out,
+        n_out, n_in, len(a),
+        ROWS=rows, BYTES=columns, RANK=rank, SIZE=q.blocksize,
+        NESTED=len(q.constants) == 5, num_warps=4)
     return out

@@ -22,14 +22,15 @@ def without_gaps(
     x,              # any tensor
 ):
     "The tensor if its memory has no gaps, else a contiguous copy."
-    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride()))
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride()))      # where the last value lies
     return x if last == x.numel() - 1 else x.contiguous()
 
 def pinned_chunks(
     x,              # tensor without gaps in its memory
 ) -> tuple:         # of tensors [n], views of `x`
     "All values of a tensor in the order in which they lie in memory, at most `PINNED_CHUNK` bytes at a time."
-    return x.as_strided((x.numel(),), (1,), x.storage_offset()).split(PINNED_CHUNK // x.element_size())
+    flat = x.as_strided((x.numel(),), (1,), x.storage_offset())
+    return flat.split(PINNED_CHUNK // x.element_size())
 
 @lru_cache
 def copy_stream(
@@ -74,7 +75,8 @@ class OffloadedTensor:
         self.on_gpu = torch.empty_strided(**self.place)
         if self.stream: self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):                # None: no stream
-            for chunk, pinned in zip(pinned_chunks(self.on_gpu), self.host): chunk.copy_(pinned, non_blocking=True)
+            for chunk, pinned in zip(pinned_chunks(self.on_gpu), self.host):
+                chunk.copy_(pinned, non_blocking=True)
         if self.stream:
             self.on_gpu.record_stream(self.stream)
             self.arrived = self.stream.record_event()
@@ -94,9 +96,10 @@ def with_logsumexp(
     args: tuple,        # of its call
 ) -> tuple:
     "The arguments, changed such that the operator computes what its backward pass needs."
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.name == 'compute_log_sumexp': return (*args[:i], True, *args[i + 1:])
-    return args
+    names = [argument.name for argument in func._schema.arguments]
+    if 'compute_log_sumexp' not in names: return args
+    i = names.index('compute_log_sumexp')
+    return (*args[:i], True, *args[i + 1:])
 
 # %% ../../../../nbs/train/engine/ops/08_offload.ipynb #f7529f1f
 class SavedAttention(TorchDispatchMode):
@@ -123,14 +126,16 @@ class SavedAttention(TorchDispatchMode):
         if func.name() not in ATTENTION_OPS: return func(*args, **kwargs)
         if self.reading:
             saved_func, results = self.saved.pop(0) if self.saved else (None, None)
-            if saved_func is not func or results is None: return func(*args, **kwargs)
+            if saved_func is not func or results is None:
+                return func(*args, **kwargs)
             return tuple(t.get() if isinstance(t, OffloadedTensor) else t for t in results)
         out = func(*with_logsumexp(func, args), **kwargs)
         results = []
         for t in out:
             is_activation = torch.is_tensor(t) and t.is_floating_point() and t.numel()
             results.append(self.offloader.offload_if_room(t) if is_activation else t)
-        self.saved.append((func, None if any(t is None for t in results) else results))
+        if any(t is None for t in results): results = None
+        self.saved.append((func, results))
         return out
 
 # %% ../../../../nbs/train/engine/ops/08_offload.ipynb #05e63fa0
@@ -167,7 +172,8 @@ class ActivationOffloader:
         x,              # a tensor that could be recomputed
     ):                  # `OffloadedTensor`, or None if there is no room for it
         "Move a result of attention to CPU RAM, as long as there is room."
-        if x.nbytes + sum(item.nbytes for item in self.attention) > self.attention_bytes: return None
+        used = sum(item.nbytes for item in self.attention)
+        if used + x.nbytes > self.attention_bytes: return None
         item = OffloadedTensor(x)
         self.attention.add(item)
         return item

@@ -28,8 +28,8 @@ def block_causal_mask(
     "The block-diagonal causal mask that variable-length attention stands for. Empty sequences are allowed."
     position = torch.arange(size, device=cu_seqlens.device)
     sequence = torch.bucketize(position, cu_seqlens[1:].to(position.dtype), right=True)
-    distance = position[:, None] - position[None]
-    visible = (sequence[:, None] == sequence[None]) & (distance >= 0)
+    distance = position[:, None] - position
+    visible = (sequence[:, None] == sequence) & (distance >= 0)
     return visible if window < 0 else visible & (distance <= window)
 
 # %% ../../../../nbs/train/engine/ops/01_varlen_attention.ipynb #a1f2ba7e
@@ -38,7 +38,8 @@ def repeat_kv(
     heads: int,         # query heads, a multiple of the key heads
 ) -> Tensor:            # [tokens, heads, d]
     "Keys or values, one per query head."
-    return t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], 1)
+    groups = heads // t.shape[1]
+    return t if groups == 1 else t.repeat_interleave(groups, 1)
 
 def masked_attention(
     q: Tensor,          # queries [tokens, heads, d]
@@ -51,8 +52,11 @@ def masked_attention(
     "The fallback: PyTorch's attention with a mask of tokens × tokens."
     tokens, heads, _ = q.shape
     mask = block_causal_mask(cu_seqlens, tokens, window)
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, repeat_kv(k, heads), repeat_kv(v, heads)))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)
+    k = repeat_kv(k, heads)
+    v = repeat_kv(v, heads)
+    qkv = [t.transpose(0, 1)[None] for t in (q, k, v)]
+    out = F.scaled_dot_product_attention(*qkv, attn_mask=mask, scale=scale)
+    return out[0].transpose(0, 1)
 
 # %% ../../../../nbs/train/engine/ops/01_varlen_attention.ipynb #c41ea345
 def batched_attention(
@@ -63,8 +67,9 @@ def batched_attention(
     scale: float,       # of the scores; None: 1/√d
 ) -> Tensor:            # [tokens, heads, d]
     "Causal attention over sequences of one length, viewed as a batch."
-    q, k, v = (t.reshape(-1, length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=k.shape[1] < q.shape[1])
+    grouped = k.shape[1] < q.shape[1]
+    qkv = [t.unflatten(0, (-1, length)).transpose(1, 2) for t in (q, k, v)]
+    out = F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2).flatten(0, 1)
 
 # %% ../../../../nbs/train/engine/ops/01_varlen_attention.ipynb #82d881b8
@@ -82,7 +87,9 @@ def varlen_attention(
     "PyTorch's variable-length FlashAttention; nothing of the size tokens × tokens exists."
     options = dict(scale=scale, window_size=(window, 0))
     if SUPPORTS_GQA: options['enable_gqa'] = True
-    else: k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
+    else:
+        k = repeat_kv(k, q.shape[1])
+        v = repeat_kv(v, q.shape[1])
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seq_len, max_seq_len, **options)
 
 # %% ../../../../nbs/train/engine/ops/01_varlen_attention.ipynb #8efc22b0
@@ -95,8 +102,10 @@ def time_kernels(
 ) -> dict:              # name of a `SDPBackend` -> seconds of one forward and backward pass, fastest first; empty without a GPU
     "Time PyTorch's attention kernels on batches of this size; those that cannot run are left out."
     if not torch.cuda.is_available(): return {}
-    shapes = [(sequences * length, n, d) for n in (heads[0], heads[1], heads[1])]
-    qkv = [torch.randn(shape, device='cuda', dtype=dtype, requires_grad=True) for shape in shapes]
+    q_heads, kv_heads = heads
+    qkv = []
+    for n in (q_heads, kv_heads, kv_heads):
+        qkv.append(torch.randn(sequences * length, n, d, device='cuda', dtype=dtype, requires_grad=True))
     seconds = {}
     for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(6)]
@@ -163,7 +172,8 @@ def attend(
     if unsupported: raise ValueError(f'attention over packed sequences does not support {", ".join(unsupported)}')
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     max_seq_len = max_seq_len or q.shape[0]
-    window = sliding_window - 1 if sliding_window and sliding_window < max_seq_len else -1
+    window = -1
+    if sliding_window and sliding_window < max_seq_len: window = sliding_window - 1
     if equal_lengths and window < 0: out = batched_attention(q, k, v, max_seq_len, scaling)
     elif current_port().has_flash_attention(q, v):
         out = varlen_attention(q, k, v, cu_seqlens, max_seq_len, scaling, window)
@@ -207,7 +217,10 @@ def unsupported_attention(
         if getattr(config, name, None): return f'the model sets {name}'
     if getattr(config, 'is_causal', True) is False: return 'the model is not causal'
     if any('sinks' in name for name, _ in model.named_parameters()): return 'the model has attention sinks'
-    types = set(getattr(config, 'layer_types', None) or []) - {'full_attention', 'sliding_attention'}
-    if types: return f'the model has layers of type {min(types)}'
-    too_old = model.device.type == 'cuda' and torch.cuda.get_device_capability(model.device) < (8, 0)
-    return 'the GPU is older than Ampere, which FlashAttention needs' if too_old else ''
+    types = getattr(config, 'layer_types', None) or []
+    other = set(types) - {'full_attention', 'sliding_attention'}
+    if other: return f'the model has layers of type {min(other)}'
+    on_gpu = model.device.type == 'cuda'
+    if on_gpu and torch.cuda.get_device_capability(model.device) < (8, 0):
+        return 'the GPU is older than Ampere, which FlashAttention needs'
+    return ''

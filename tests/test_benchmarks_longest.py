@@ -1,4 +1,4 @@
-"The benchmark of the longest row, without a card: its search, and its two steps over a toy model."
+"The benchmark of the longest sequence, without a GPU: its search, and its two steps over a toy model."
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ def searched(longest, monkeypatch, limit, first, seconds=1e9):
     def attempt(step, optimizer, tokens, tile, room):
         tried.append(tokens)
         return tokens / 1e6 if tokens <= limit else 0
-    step = SimpleNamespace(parameters=[torch.nn.Parameter(torch.zeros(1))], model=torch.nn.Identity(), forget=lambda: forgotten.append(1))
+    step = SimpleNamespace(parameters=[torch.nn.Parameter(torch.zeros(1))], model=torch.nn.Identity(), drop_gradients=lambda: forgotten.append(1))
     for name, value in dict(attempt=attempt, load=lambda path: (None, 0), by_hand=lambda *a: step, guess=lambda *a: first).items(): monkeypatch.setattr(longest, name, value)
     row = longest.search('', 24., seconds, 2048, 0)
     assert len(forgotten) == sum(n > limit for n in tried[1:])      # what a step that broke off left

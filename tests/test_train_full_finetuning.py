@@ -1,4 +1,4 @@
-"Full fine-tuning from outside: the whole journey, killed and continued, and what is refused before any work."
+"Full fine-tuning from outside: the whole pipeline, killed and continued, and what is refused before any work."
 import importlib.util, json, os, signal, subprocess, sys, time
 import pytest, torch
 from safetensors import safe_open
@@ -24,8 +24,8 @@ from homelab_ft.train.engine.autotune import build_step
 from homelab_ft.train.run_folder import RunFolder, events, history, status
 from homelab_ft.train.engine.full import FullStep, full_step
 
-SMALL = dict(method='full', learning_rate=5e-4, max_rows=160, max_steps=12, per_device_train_batch_size=4, save_steps=4, eval_steps=6,
-             eval_max_rows=16, generate_max_rows=4, n_bootstrap=100, save_total_limit=1)
+SMALL = dict(method='full', learning_rate=5e-4, max_rows=100, max_steps=12, per_device_train_batch_size=4, save_steps=4, eval_steps=6,
+             eval_max_rows=16, generate_max_rows=2, n_bootstrap=50, save_total_limit=1)
 PARAMETERS = 5_180_672
 
 def losses(run): return [(r['step'], r['loss']) for r in history(run)['train']]
@@ -88,6 +88,7 @@ def test_one_can_talk_to_it(whole):
     assert run.generate('Which team?', 4) == merged.generate('Which team?', 4)
     assert torch.equal(run.model.model.norm.weight, load_file(whole.adapter_path / 'model.safetensors')['model.norm.weight'])
 
+@pytest.mark.slow
 def test_killed_and_continued_with_the_same_numbers(whole, tmp_path):
     config = quickstart_config(tmp_path, **SMALL, run_name='killed', runs_dir=str(tmp_path / 'runs'))
     run = new_run(config, log=lambda line: None)
@@ -112,36 +113,35 @@ def test_bfloat16_rounds_the_multiplications_and_not_the_weights(whole):
     rounded.mean().backward()
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32} == {p.dtype for p in model.parameters()}
 
-def test_a_card_takes_the_plain_step_too():
+def test_a_gpu_takes_the_padded_step_too():
     config = make_config(method='full', dtype='bfloat16', label_smoothing_factor=0.1)
-    engine = build_step(attach(load_base('embedded', 'full'), config, 'bfloat16'), config, None, 'cuda', 'bfloat16')       # as on a card; nothing is computed here
+    engine = build_step(attach(load_base('embedded', 'full'), config, 'bfloat16'), config, None, 'cuda', 'bfloat16')       # as on a GPU; nothing is computed here
     assert isinstance(engine, PaddedStep) and (engine.features.packed.reason, engine.features.chunked_loss.on, engine.label_smoothing) == ('all weights learn', True, 0.1)
     assert type(engine) is FullStep and type(build_step(engine.model, config, None, 'cpu', 'bfloat16')) is PaddedStep
 
-def whole_gradient(model, cache, lean, **how):
+def full_gradient(model, cache, chunked, **how):
     "Loss and gradient of all weights over two passes, in float32."
     model.zero_grad()
-    step = full_step(model, **how, lean=lean)
+    step = full_step(model, **how, chunked_loss=chunked)
     total, n = step.accumulate(cache, [[0, 1], [2, 3, 4]])
-    if lean: step.hook.remove()
+    if chunked: step.hook.remove()
     return total.item(), n, torch.cat([p.grad.float().flatten() for p in model.parameters()])
 
-@pytest.mark.parametrize('tied', [True, False])
-@pytest.mark.parametrize('how', [{}, dict(label_smoothing=0.1), dict(checkpointing=True)], ids=str)
+@pytest.mark.parametrize('tied, how', [(True, {}), (False, dict(label_smoothing=0.1)), (True, dict(checkpointing=True))], ids=str)
 def test_parity_of_the_loss_in_chunks_where_all_weights_learn(whole, tied, how, monkeypatch):
     monkeypatch.setattr('homelab_ft.train.engine.ops.chunked_loss.INPLACE_LOGITS', 1)      # the smallest chunks there are
     cache, model = load_cache(whole.data_path / 'train.safetensors'), attach(load_base('embedded', 'full'), make_config(method='full'))
     if not tied: model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.1)
-    (loss, n, wanted), (chunked, m, found) = (whole_gradient(model, cache, lean, **how) for lean in (False, True))
+    (loss, n, wanted), (chunked, m, found) = (full_gradient(model, cache, chunked, **how) for chunked in (False, True))
     assert n == m > 128 or n == m and chunk_size(len(model.lm_head.weight), 1) == 128
     assert abs(loss - chunked) < 1e-5 * loss and (found - wanted).norm() <= 1e-5 * wanted.norm() and len(found) == PARAMETERS + (not tied) * model.lm_head.weight.numel()
 
 def test_parity_of_the_loss_in_chunks_in_bfloat16(whole):
     "At most 1.1 times as far from the float32 gradient as full logits are."
     cache = load_cache(whole.data_path / 'train.safetensors')
-    exact = whole_gradient(attach(load_base('embedded', 'full'), make_config(method='full')), cache, False)[2]
+    exact = full_gradient(attach(load_base('embedded', 'full'), make_config(method='full')), cache, False)[2]
     half = attach(load_base('embedded', 'full'), make_config(method='full', dtype='bfloat16'), 'bfloat16')
-    plain, chunked = (whole_gradient(half, cache, lean)[2] for lean in (False, True))
+    plain, chunked = (full_gradient(half, cache, chunked)[2] for chunked in (False, True))
     assert 0 < (chunked - exact).norm() <= 1.1 * (plain - exact).norm() and {p.grad.dtype for p in half.parameters()} == {torch.float32}
 
 def test_an_odd_head_keeps_full_logits():
@@ -150,8 +150,9 @@ def test_an_odd_head_keeps_full_logits():
     step = full_step(model)
     assert type(step) is PaddedStep and not step.features.chunked_loss.on
 
-def test_whole_models_have_no_full_logits_on_a_card():
-    "Rehearsed without one: three quarters of what the logits of all positions took are gone."
+@pytest.mark.slow
+def test_full_fine_tuning_has_no_full_logits_on_a_gpu():
+    "Traced without one: three quarters of what the logits of all positions took are gone."
     config = make_config(model='SmolLM2-135M', method='full', max_length=2048, per_device_train_batch_size=1)
     found = trace(config)
     logits = 10 * 2048 * 49152
