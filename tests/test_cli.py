@@ -57,7 +57,7 @@ def test_wrong_encoding(refuse, here):
 
 
 def test_unknown_column(refuse): assert 'team' in refuse('--data', 'good.csv', '--set', 'label_column=teem')
-def test_layout_cannot_be_told(refuse, here):
+def test_dataset_format_cannot_be_detected(refuse, here):
     rows = ''.join(f'{i},{i * 7}\n' for i in range(30))
     assert 'foo' in refuse('--data', write(here, 'a.csv', 'foo,bar\n' + rows))
 

@@ -102,7 +102,7 @@ def tokenizer(name, template, bos, eos, special=()):
 
 HEADERS, IM = ('<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>'), ('<|im_start|>', '<|im_end|>')
 as_it_is, trimmed, no_break = (lambda text: text), (lambda text: text.strip()), (lambda text: text.lstrip('\n'))
-# file: (begin of text, eos, further special tokens, end of turn, what the template makes of an answer, whether earlier answers carry loss)
+# file: (begin of text, eos, further special tokens, end of turn, what the template makes of an answer, whether earlier answers have loss)
 TEMPLATES = {
     'HuggingFaceTB-SmolLM3-3B': ('', '<|im_end|>', IM, '<|im_end|>', no_break, True),
     'Qwen-Qwen2.5-7B-Instruct': ('', '<|im_end|>', IM, '<|im_end|>', as_it_is, True),
@@ -143,8 +143,8 @@ def conversations(draw, system=True, turns=3):
     return talk
 
 
-def stretches(enc, tok):
-    "The texts of the masked stretches, each read where it stands."
+def masked_parts(enc, tok):
+    "The texts of the masked parts, each read where it stands."
     ids, mask = enc
     at = [i for i in range(len(ids) + 1) if i in (0, len(ids)) or mask[i] != mask[i - 1]]
     until = [tok.decode(ids[:i]) for i in at]
@@ -160,7 +160,7 @@ def check_conversation(talk, tok, expected):
     "What must hold of every encoding."
     enc = encode(talk, tok)
     assert len(enc.input_ids) == len(enc.mask) and set(enc.mask) <= {0, 1}
-    assert stretches(enc, tok) == expected
+    assert masked_parts(enc, tok) == expected
     start = prompt_ids(talk[:-1], tok)
     assert enc.input_ids[:len(start)] == start and enc.mask[len(start) - 1:len(start) + 1] == [0, 1]
     assert enc.input_ids[-1] in end_of_turn_ids(tok) and enc.mask[-1] == 1
@@ -168,8 +168,8 @@ def check_conversation(talk, tok, expected):
     assert tok.decode(enc.input_ids) == text[:text.rindex(end_of_turn(tok)) + len(end_of_turn(tok))]
 
 
-def expected_stretches(talk, file):
-    "The assistant's turns that must carry loss, as text."
+def expected_parts(talk, file):
+    "The assistant's turns that must have loss, as text."
     *_, close, writes, history = TEMPLATES[file]
     answers = [m['content'] for m in talk if m['role'] == 'assistant']
     if not history: answers = answers[-1:]
@@ -184,7 +184,7 @@ def test_loss_covers_the_answers_and_nothing_else(name, file, data):
     tok = real(name, file)
     talk = data.draw(conversations(system=file not in NO_SYSTEM))
     assume(no_special(talk, tok))
-    check_conversation(talk, tok, expected_stretches(talk, file))
+    check_conversation(talk, tok, expected_parts(talk, file))
 
 
 @needs_shared
@@ -196,7 +196,7 @@ def test_a_tokenizer_that_puts_spaces_everywhere(file, talk):
     talk = [m | {'content': ' '.join(m['content'].split()) or 'x'} for m in talk]
     assume(no_special(talk, tok))
     enc = encode(talk, tok)
-    assert [s.replace(' ', '') for s in stretches(enc, tok)] == [s.replace(' ', '') for s in expected_stretches(talk, file)]
+    assert [s.replace(' ', '') for s in masked_parts(enc, tok)] == [s.replace(' ', '') for s in expected_parts(talk, file)]
     assert enc.input_ids[:len(prompt_ids(talk[:-1], tok))] == prompt_ids(talk[:-1], tok)
 
 

@@ -110,15 +110,15 @@ def test_html_that_hides_a_blank_or_a_duplicate():
 @given(st.lists(st.tuples(st.sampled_from(['p', 'q', 'P ']), st.sampled_from(['a', 'b', 'c'])), min_size=1, max_size=12))
 def test_conflicts_follow_the_strict_majority(pairs):
     examples = [example(p, l, l, i) for i, (p, l) in enumerate(pairs, 1)]
-    wanted = set()
+    expected = set()
     for prompt in ('p', 'q'):
         labels = [l for p, l in pairs if p.strip().lower() == prompt]
-        wanted |= {(prompt, l) for l in set(labels) if 2 * labels.count(l) > len(labels)}
-    if not wanted:
+        expected |= {(prompt, l) for l in set(labels) if 2 * labels.count(l) > len(labels)}
+    if not expected:
         with pytest.raises(DataError, match='no example is left'): clean(examples)
     else:
         kept, _ = clean(examples)
-        assert {(e.prompt.strip().lower(), e.label) for e in kept} == wanted and len(kept) == len(wanted)
+        assert {(e.prompt.strip().lower(), e.label) for e in kept} == expected and len(kept) == len(expected)
 
 
 def test_answers_may_differ_where_there_are_no_classes():

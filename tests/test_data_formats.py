@@ -32,7 +32,7 @@ def test_detection(row, kind, columns):
 
 def test_class_by_repetition_only_if_there_is_one():
     rows = [{'note': f'note {i}', 'queue': 'ab'[i % 2], 'floor': 'xy'[i % 2]} for i in range(12)]
-    with pytest.raises(DataError, match='cannot be told'): detect_format(rows)
+    with pytest.raises(DataError, match='cannot be detected'): detect_format(rows)
     assert detect_format([{k: r[k] for k in ('note', 'queue')} for r in rows]).label_column == 'queue'
     assert detect_format(rows, make_config(label_column='floor')).text_columns == ['note', 'queue']
 
@@ -112,7 +112,7 @@ def test_text_is_detected(rows, chosen, expected):
 @pytest.mark.parametrize('rows, chosen', [([{'note': 'a'}], {}), ([{'text': 'a', 'url': 'b'}], {}), ([{'a': 'x', 'b': 'y'}], dict(dataset_format='text')),
                                             ([{'a': 'x', 'b': 'y'}], dict(dataset_format='text', text_columns=['a', 'b']))], ids=str)
 def test_text_is_not_guessed(rows, chosen):
-    with pytest.raises(DataError, match='cannot be told'): detect_format(rows, make_config(**chosen))
+    with pytest.raises(DataError, match='cannot be detected'): detect_format(rows, make_config(**chosen))
 
 
 @needs_shared

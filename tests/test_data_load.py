@@ -41,8 +41,8 @@ def test_csv_round_trip(tmp_path_factory, rows):
     writer.writeheader(); writer.writerows(rows)
     path = tmp_path_factory.mktemp('csv') / 'a.csv'
     path.write_bytes(out.getvalue().encode('utf-8'))
-    wanted = [r for r in rows if r['text'].strip() or r['label'].strip()]
-    if wanted: assert load_rows(path) == wanted
+    expected = [r for r in rows if r['text'].strip() or r['label'].strip()]
+    if expected: assert load_rows(path) == expected
     else: refused(path, 'no rows')
 
 

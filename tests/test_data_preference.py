@@ -19,7 +19,7 @@ from homelab_ft.data.prepare import PARTS, load_prepared, prepare
 def tok(): return load_tokenizer('embedded')
 
 
-def said(role, text): return {'role': role, 'content': text}
+def message(role, text): return {'role': role, 'content': text}
 
 
 def rows_of(n):
@@ -28,9 +28,9 @@ def rows_of(n):
 
 FORMS = {
     'text': lambda r: r,
-    'prompt as messages': lambda r: dict(prompt=[said('user', r['prompt'])], chosen=[said('assistant', r['chosen'])], rejected=[said('assistant', r['rejected'])]),
-    'implicit prompt': lambda r: {k: [said('user', r['prompt']), said('assistant', r[k])] for k in ('chosen', 'rejected')},
-    'both': lambda r: dict(prompt=r['prompt']) | {k: [said('user', r['prompt']), said('assistant', r[k])] for k in ('chosen', 'rejected')},
+    'prompt as messages': lambda r: dict(prompt=[message('user', r['prompt'])], chosen=[message('assistant', r['chosen'])], rejected=[message('assistant', r['rejected'])]),
+    'implicit prompt': lambda r: {k: [message('user', r['prompt']), message('assistant', r[k])] for k in ('chosen', 'rejected')},
+    'both': lambda r: dict(prompt=r['prompt']) | {k: [message('user', r['prompt']), message('assistant', r[k])] for k in ('chosen', 'rejected')},
     'from/value': lambda r: {k: [{'from': 'human', 'value': r['prompt']}, {'from': 'gpt', 'value': r[k]}] for k in ('chosen', 'rejected')},
     'question': lambda r: dict(question=r['prompt'], chosen=r['chosen'], rejected=r['rejected'], score=3),
     'instruction': lambda r: dict(Instruction=r['prompt'], Chosen=r['chosen'], Rejected=r['rejected']),
@@ -63,9 +63,9 @@ def test_answer_is_the_last_run_of_ones(bits):
 def test_every_form_gives_the_same_caches(tmp_path, tok, form, suffix):
     rows = rows_of(40)
     found = prepare(config_of(write(tmp_path / f'a{suffix}', [FORMS[form](r) for r in rows])), tok, tmp_path / 'a')
-    wanted = prepare(config_of(write(tmp_path / 'b.jsonl', rows)), tok, tmp_path / 'b')
+    expected = prepare(config_of(write(tmp_path / 'b.jsonl', rows)), tok, tmp_path / 'b')
     assert found.dataset_format.kind == 'preference'
-    assert {n: c.fingerprint for n, c in found.caches.items()} == {n: c.fingerprint for n, c in wanted.caches.items()}
+    assert {n: c.fingerprint for n, c in found.caches.items()} == {n: c.fingerprint for n, c in expected.caches.items()}
 
 
 def test_pairs_are_not_crossed_and_no_prompt_is_on_both_sides(tmp_path, tok):
@@ -79,9 +79,9 @@ def test_pairs_are_not_crossed_and_no_prompt_is_on_both_sides(tmp_path, tok):
         assert pairs.chosen.rows.tolist() == pairs.rejected.rows.tolist()
         for i, row in enumerate(pairs.chosen.rows.tolist()):
             prompt, chosen, rejected = (tok.decode(ids, skip_special_tokens=True) for ids in pairs.pair(i))
-            wanted = rows[row - 1]
-            assert (chosen, rejected) == (wanted['chosen'], wanted['rejected']) and wanted['prompt'] in prompt
-            where.setdefault(wanted['prompt'], set()).add(part)
+            expected = rows[row - 1]
+            assert (chosen, rejected) == (expected['chosen'], expected['rejected']) and expected['prompt'] in prompt
+            where.setdefault(expected['prompt'], set()).add(part)
     assert made.rows['cleaned'] == 80 and all(len(parts) == 1 for parts in where.values())
     assert sum(made.rows[p] for p in PARTS) == 80
 
@@ -113,10 +113,10 @@ def test_test_data_has_pairs_too(tmp_path, tok):
         prepare(config_of(write(tmp_path / 'a.jsonl', rows[:40]), test_data=write(tmp_path / 'c.jsonl', [dict(prompt='a', chosen='b')])), tok, tmp_path / 'c')
 
 
-@pytest.mark.parametrize('settings, said', [(dict(chosen_column='choosen'), 'did you mean chosen'), (dict(dataset_format='preference', chosen_column='prompt'), None),
+@pytest.mark.parametrize('settings, error', [(dict(chosen_column='choosen'), 'did you mean chosen'), (dict(dataset_format='preference', chosen_column='prompt'), None),
                                             (dict(dataset_format='prompt_completion', completion_column='chosen'), 'needs pairs of answers')])
-def test_named_columns_and_layouts(tmp_path, tok, settings, said):
+def test_named_columns_and_formats(tmp_path, tok, settings, error):
     path = write(tmp_path / 'a.jsonl', rows_of(40))
-    if said is None: assert detect_format(rows_of(3), config_of(path, **settings)).chosen_column == 'prompt'
+    if error is None: assert detect_format(rows_of(3), config_of(path, **settings)).chosen_column == 'prompt'
     else:
-        with pytest.raises(DataError, match=said): prepare(config_of(path, **settings), tok, tmp_path / 'a')
+        with pytest.raises(DataError, match=error): prepare(config_of(path, **settings), tok, tmp_path / 'a')

@@ -156,7 +156,7 @@ def test_full_fine_tuning_has_no_full_logits_on_a_gpu():
     config = make_config(model='SmolLM2-135M', method='full', max_length=2048, per_device_train_batch_size=1)
     found = trace(config)
     logits = 10 * 2048 * 49152
-    assert found.features['chunked_loss']['on'] and found.phases['loss']['loss'] < logits and not trace(config, card='cpu').features['chunked_loss']['on']
+    assert found.features['chunked_loss']['on'] and found.phases['loss']['loss'] < logits and not trace(config, arch='cpu').features['chunked_loss']['on']
 
 def test_recomputed_layers_give_the_same_gradient(whole):
     cache, found = load_cache(whole.data_path / 'train.safetensors'), []

@@ -95,8 +95,8 @@ def is_blank(
     if not example.answer.strip(): return True
     if example.rejected is not None and not example.rejected.strip(): return True
     if example.messages[0]['role'] == 'text': return False
-    asked = [m['content'] for m in example.messages[:-1] if m['role'] != 'system']
-    return not ''.join(asked).strip()
+    prompt = [m['content'] for m in example.messages[:-1] if m['role'] != 'system']
+    return not ''.join(prompt).strip()
 
 # %% ../../nbs/data/03_clean.ipynb #f0a546f6
 def conflicting_labels(

@@ -204,14 +204,14 @@ def detect_format(
     rows: list,                # dicts, as from `load_rows`
     config: RunConfig = None,  # its `dataset_format` and columns are used as given
 ) -> DatasetFormat:
-    "Which format the rows have and which columns mean what; `DataError` if that cannot be told."
+    "Which format the rows have and which columns mean what; `DataError` if that cannot be detected."
     config = config or RunConfig()
     columns, kinds = Columns(rows, config), possible_formats(config)
     candidates = (detect_as(kind, columns) for kind in kinds)
     detected = next(filter(None, candidates), None)
     if detected is None:
         raise DataError(
-            f"the dataset format cannot be told from the columns ({' or '.join(kinds)})",
+            f"the dataset format cannot be detected from the columns ({' or '.join(kinds)})",
             value=', '.join(columns.names),
             next_step=COLUMNS_HINT,
         )
@@ -333,7 +333,7 @@ def to_messages(
     prompt = '\n\n'.join(part for part in parts if part.strip())
     return question_answer(prompt, read_cell(row, f.completion_column))
 
-# %% ../../nbs/data/02_formats.ipynb #27cea255
+# %% ../../nbs/data/02_formats.ipynb #507f399e
 def rejected_answer(
     row: dict,                      # a row
     dataset_format: DatasetFormat,  # of preferences

@@ -12,7 +12,7 @@ import numpy as np
 
 from .memory.estimate import EstimateSpec, estimate_with_checkpointing
 from .memory.spec import check_fields, make_spec
-from .memory.static import _check_choice
+from .memory.static import check_choice
 from .model_catalog import KNOWN
 from .model_shape import model_shape
 from .search import estimate_policies
@@ -30,7 +30,7 @@ def max_value(
     **changes,                   # fields of `EstimateSpec` with other values
 ) -> tuple:                      # (the largest value, its estimate); (0, the smallest one's estimate) if nothing fits
     "The largest value that fits, with policies fitted to the limit."
-    _check_choice('name of a value', name, MAX_VALUES)
+    check_choice('name of a value', name, MAX_VALUES)
     check_limit(limit, margin)
     check_fields(changes, without=(name, 'policies', 'gradient_checkpointing'))
     spec = make_spec(spec, **changes)

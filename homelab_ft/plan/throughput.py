@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core import ConfigError
 from .memory.spec import EstimateSpec, make_spec
-from .memory.static import _check_choice, adapter_params
+from .memory.static import check_choice, adapter_params
 from ..train.engine.ops.checkpoint_policy import POLICIES
 
 # %% ../../nbs/plan/03_throughput.ipynb #c3c1a669
@@ -60,7 +60,7 @@ def recompute_flops(
     attention: float,        # FLOPs of one layer's attention forward
 ) -> float:
     "FLOPs per token that activation checkpointing does a second time."
-    for policy in policies: _check_choice('policy', policy, POLICIES)
+    for policy in policies: check_choice('policy', policy, POLICIES)
     mlp = sum(i * o for name, (i, o, _) in shape.linears.items() if name in MLP_INPUTS)
     full_layers = policies.get('layer', 0) + policies.get('offload', 0)
     return 2 * mlp * policies.get('mlp', 0) + (2 * shape.linear_params + attention) * full_layers

@@ -21,7 +21,7 @@ from .packed_step import chunk_for, kept_bytes, packed_phases, why_no_terms
 from .padded_step import padded_phases, working_bytes
 from .spec import EstimateSpec, StepContext, make_spec
 from .static import (
-    METHODS, OPTIMIZER_BYTES, WORKSPACE_BYTES, _check_choice,
+    METHODS, OPTIMIZER_BYTES, WORKSPACE_BYTES, check_choice,
     adapter_params, state_bytes, target_linears, trained_matrices, weight_bytes)
 
 _all_ = ['EstimateSpec', 'ModelShape', 'model_shape', 'METHODS', 'OPTIMIZER_BYTES',
@@ -101,11 +101,13 @@ def check_policies(
 ):
     "`ConfigError` for policies that are not those of all layers."
     for policy in policies:
-        _check_choice('policy', policy, allowed)
-    good = all(type(count) is int and count >= 0 for count in policies.values()) and sum(policies.values()) == n
+        check_choice('policy', policy, allowed)
+    counts = policies.values()
+    good = all(type(count) is int and count >= 0 for count in counts) and sum(counts) == n
     if not good or allowed != POLICIES and len(policies) > 1:
         raise ConfigError('policies do not add up to the layers of the model', value=policies,
-                          allowed=f'{n} layers in all, one policy for padded batches', next_step='give every layer one policy')
+                          allowed=f'{n} layers in all, one policy for padded batches',
+                          next_step='give every layer one policy')
 
 # %% ../../../nbs/plan/memory/07_estimate.ipynb #1404d339
 def check_length(
@@ -114,9 +116,9 @@ def check_length(
 ):
     "`ConfigError` for sequences that the model cannot take."
     longest = shape.max_position_embeddings
-    if 1 <= length <= longest: return
-    what = 'length is too small' if length < 1 else 'length is beyond what the model knows'
-    raise ConfigError(what, value=length, allowed=f'at least 1, at most {longest} tokens', next_step='set another length')
+    if length > longest:
+        raise ConfigError('length is beyond what the model knows', value=length, allowed=f'at most {longest} tokens',
+                          next_step='shorten it')
 
 def resolve(
     shape: ModelShape,      # from `model_shape`
@@ -126,13 +128,14 @@ def resolve(
     check_length(shape, spec.length)
     targets = {} if spec.method == 'full' else target_linears(shape, spec.target_modules)
     matrices = trained_matrices(shape, targets, spec.lora_r, spec.use_dora)
-    compiled = spec.torch_compile and not (spec.use_dora and spec.method == 'qlora')     # the compiler refuses DoRA on 4-bit weights
+    # The compiler refuses DoRA on 4-bit weights
+    compiled = spec.torch_compile and not (spec.use_dora and spec.method == 'qlora')
     reason = 'padding_free is off'
     if spec.padding_free is not False:
         reason = why_no_terms(shape, spec.terms_method, spec.dtype, compiled)
         if reason and spec.padding_free is True:
-            raise ConfigError('there is no formula for packed sequences here', value=reason, allowed='the padded step',
-                              next_step='trace it: homelab-ft plan --trace')
+            raise ConfigError('there is no formula for packed sequences here', value=reason,
+                              allowed='the padded step', next_step='trace it: homelab-ft plan --trace')
     n = shape.num_hidden_layers
     policies = spec.policies or {'layer' if spec.gradient_checkpointing is True else 'none': n}
     check_policies(policies, n, ('none', 'layer') if reason else POLICIES)
@@ -169,8 +172,10 @@ def estimate(
     overhead = step_overhead(ctx, added)
     static = static_parts(ctx, states) | dict(overhead=overhead.total)
 
-    staging = working_bytes(shape, spec.method, 0, ctx.b)
-    phases = dict(load=dict.fromkeys(PARTS, 0) | dict(weights=static['weights'] + staging, overhead=overhead.total))
+    load = dict.fromkeys(PARTS, 0)
+    load['weights'] = static['weights'] + working_bytes(shape, spec.method, 0, ctx.b)
+    load['overhead'] = overhead.total
+    phases = dict(load=load)
     for name, parts in added.items():
         phases[name] = {part: n + parts.get(part, 0) for part, n in static.items()}
     if 'collect' in phases: phases['collect']['overhead'] -= overhead.used_in_collect

@@ -50,7 +50,8 @@ def process_bytes(
     int8: bool = False,         # weights are in 8 bits
 ) -> int:
     "What the driver counts for the process."
-    return process_constants()['context'] + library_bytes(policies, cuda_graph, compiled, int8) + reserved + overhead_offset
+    libraries = library_bytes(policies, cuda_graph, compiled, int8)
+    return process_constants()['context'] + libraries + reserved + overhead_offset
 
 # %% ../../../nbs/plan/memory/05_overhead.ipynb #3970a70f
 def probes_file() -> Path:
@@ -62,16 +63,19 @@ def read_probes() -> dict:      # name of a GPU -> entry
     path = probes_file()
     try: return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
     except ValueError as e:
-        raise HardwareError('the file of probes cannot be read', value=path, allowed='JSON', next_step='delete it, and probe again') from e
+        raise HardwareError('the file of probes cannot be read', value=path, allowed='JSON',
+                            next_step='delete it, and probe again') from e
 
 def overhead_offset_for(
     gpu: str,               # its name, as the driver gives it; None without a GPU
 ) -> int:                   # bytes, 0 for a GPU that was not probed
     "What this GPU takes beside PyTorch's memory, less what the figures above say."
     entry = read_probes().get(gpu, {})
-    offset = entry.get('overhead_offset', entry.get('correction', 0)) if isinstance(entry, dict) else None     # `correction` in older files
+    offset = None
+    if isinstance(entry, dict): offset = entry.get('overhead_offset', entry.get('correction', 0))     # as older files say
     if type(offset) is not int:
-        raise HardwareError(f'the probe of {gpu} cannot be read', value=entry, allowed='an entry with a whole number as overhead_offset',
+        allowed = 'an entry with a whole number as overhead_offset'
+        raise HardwareError(f'the probe of {gpu} cannot be read', value=entry, allowed=allowed,
                             next_step=f'delete {probes_file()}, and probe again')
     return offset
 
@@ -138,6 +142,7 @@ def step_overhead(
     spec = ctx.spec
     if spec.arch == 'cpu': return Overhead(ASSUMED_OVERHEAD)
     fragmentation = fragmentation_bytes(ctx, phases)
-    total = process_bytes(fragmentation, ctx.policies, ctx.cuda_graph, ctx.compiled, spec.overhead_offset, spec.method == 'int8')
+    int8 = spec.method == 'int8'
+    total = process_bytes(fragmentation, ctx.policies, ctx.cuda_graph, ctx.compiled, spec.overhead_offset, int8)
     if not ctx.cuda_graph: return Overhead(total, reclaimable=fragmentation)
     return Overhead(total, used_in_collect=small_pool_bytes(ctx) if ctx.adapter_casts else 0)

@@ -26,7 +26,8 @@ def kept_inputs(
     "Inputs of matrices that are kept only because a matrix or its adapter is trained."
     all_matrices = method == 'full' or method == 'int8' and b == 2
     linears = shape.linears if all_matrices else targets
-    if method == 'lora' and b == 2: return 2 * sum(i for i, _, _ in linears.values())     # every adapter has its own copy
+    if method == 'lora' and b == 2:     # every adapter has its own copy
+        return 2 * sum(i for i, _, _ in linears.values())
     fused = 'qkv_proj' in shape.linears
     inputs = [(INPUT_OF[name], i) for name, (i, _, _) in linears.items() if fused or INPUT_OF[name] != 'output']
     shared = method != 'full' or b == 4
@@ -116,11 +117,13 @@ def kept_activations(
     last_norm = tokens * shape.hidden_size * (8 if full else 4)
     inputs_8bit = 0
     if spec.method == 'int8':
-        inputs_8bit = n * tokens * b * sum({INPUT_OF[name]: i for name, (i, _, _) in shape.linears.items()}.values())
+        distinct = {INPUT_OF[name]: inputs for name, (inputs, _, _) in shape.linears.items()}
+        inputs_8bit = n * tokens * b * sum(distinct.values())
     if not ctx.checkpointing:
         return KeptActivations(mask + n * layer + last_norm * full, 0, mask + layer + inputs_8bit)
     layer_input = tokens * shape.hidden_size * (4 if full else b)
-    return KeptActivations(mask + n * layer_input + last_norm + inputs_8bit, layer, mask + layer + layer_input + inputs_8bit)
+    all_layers = mask + n * layer_input + last_norm + inputs_8bit
+    return KeptActivations(all_layers, layer, mask + layer + layer_input + inputs_8bit)
 
 # %% ../../../nbs/plan/memory/03_padded_step.ipynb #a273a56a
 def padded_phases(
@@ -166,7 +169,8 @@ def padded_phases(
         activations = kept.all_layers + b * tokens * shape.hidden_size
         phases['loss'] = phase(n, at_start, activations, head_copy, forward)
         phases['backward: head'] = phase(layers_at_loss, at_start, activations, head_copy, backward)
-    phases['backward: last layer'] = phase(layers_at_loss or 1, at_start + waiting, kept.all_layers + kept.recomputed + working)
+    activations = kept.all_layers + kept.recomputed + working
+    phases['backward: last layer'] = phase(layers_at_loss or 1, at_start + waiting, activations)
     if full:
         mlp = 2 * b * tokens * shape.intermediate_size
         one_gradient = (b + 4 * accumulates) * max(i * o for i, o, _ in shape.linears.values())

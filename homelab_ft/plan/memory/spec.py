@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['EstimateSpec', 'check_fields', 'make_spec', 'StepContext']
 
-# %% ../../../nbs/plan/memory/02_spec.ipynb #d9bfaace
+# %% ../../../nbs/plan/memory/02_spec.ipynb #d953fd2e
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ...core import ConfigError, near_matches
 from ...config import RunConfig
 from ...train.engine.packing import BUCKET_SIZE, bucket_shape
-from .static import COMPUTE_BYTES, METHODS, OPTIMIZER_BYTES, WORKSPACE_BYTES, _check_choice
+from .static import COMPUTE_BYTES, METHODS, OPTIMIZER_BYTES, WORKSPACE_BYTES, check_choice
 from ..model_shape import ModelShape
 
-# %% ../../../nbs/plan/memory/02_spec.ipynb #662679e8
+# %% ../../../nbs/plan/memory/02_spec.ipynb #f6ace3be
 @dataclass(frozen=True)
 class EstimateSpec:
     "Settings that change the memory of a training step."
@@ -42,11 +42,12 @@ class EstimateSpec:
     def __post_init__(self):
         choices = dict(method=METHODS, optim=OPTIMIZER_BYTES, dtype=COMPUTE_BYTES, arch=WORKSPACE_BYTES)
         for name, allowed in choices.items():
-            _check_choice(name, getattr(self, name), allowed)
+            check_choice(name, getattr(self, name), allowed)
         for name in ('batch_size', 'length', 'lora_r', 'gradient_accumulation_steps'):
             value = getattr(self, name)
             if value < 1:
-                raise ConfigError(f'{name} is too small', value=value, allowed='1 or more', next_step=f'set a larger {name}')
+                raise ConfigError(f'{name} is too small', value=value, allowed='1 or more',
+                                  next_step=f'set a larger {name}')
         if not 0 < self.label_share <= 1:
             raise ConfigError('label_share is not a share', value=self.label_share, allowed='above 0, at most 1',
                               next_step='1 is the worst case')

@@ -72,7 +72,7 @@ def gradient_bytes(
     step: PackedStep,
 ) -> int:
     "What the gradients of all trained parameters take."
-    return sum(p.numel() * p.element_size() for p in step.parameters)
+    return sum(p.nbytes for p in step.parameters)
 
 def free_bytes(
     step: PackedStep,   # on a GPU, without gradients

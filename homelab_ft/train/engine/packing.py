@@ -96,22 +96,18 @@ def collate_packed(
     *starts, tokens = np.cumsum([0, *map(len, ids)]).tolist()
     boundaries = [*starts, *range(tokens, size, int(max_seq_len)), size]
     positions = np.concatenate([start + np.flatnonzero(np.asarray(mask[1:]) > 0) for start, mask in zip(starts, masks)])
-    n_labels = len(positions)
-    needed = Bucket(tokens, n_labels, len(boundaries) - 1)
+    needed = Bucket(tokens, len(positions), len(boundaries) - 1)
     if any(need > room for need, room in zip(needed, bucket)): raise ValueError(f'{needed} does not fit into {bucket}')
 
-    input_ids = np.zeros((1, size), np.int64)
-    input_ids[0, :tokens] = np.concatenate(ids)
+    def padded(values, length, dtype=np.int64): return np.pad(np.asarray(values, dtype), (0, length - len(values)))
+    flat = np.concatenate(ids)
     position_ids = np.arange(size) - np.repeat(boundaries[:-1], np.diff(boundaries))
-    cu_seqlens = np.full(sequences + 1, size, np.int32)
-    cu_seqlens[:len(boundaries)] = boundaries
-    label_positions, targets = np.zeros((2, labels), np.int64)
-    label_positions[:n_labels] = positions
-    targets[:n_labels] = input_ids[0, positions + 1]
-    weights = np.zeros(labels, np.float32)
-    weights[:n_labels] = 1 / max(n, 1)
-    return dict(input_ids=input_ids, position_ids=position_ids[None], cu_seqlens=cu_seqlens,
-                label_positions=label_positions, targets=targets, weights=weights)
+    missing = sequences + 1 - len(boundaries)
+    weights = np.full(len(positions), 1 / max(n, 1))
+    return dict(input_ids=padded(flat, size)[None], position_ids=position_ids[None],
+                cu_seqlens=np.array(boundaries + [size] * missing, np.int32),
+                label_positions=padded(positions, labels), targets=padded(flat[positions + 1], labels),
+                weights=padded(weights, labels, np.float32))
 
 # %% ../../../nbs/train/engine/03_packing.ipynb #8f822216
 class RandomSequences:
