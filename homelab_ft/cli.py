@@ -79,9 +79,9 @@ def print_trace(
     "Trace two steps without a GPU, and say whether they fit."
     from homelab_ft.plan.trace.trace import fit_trace
     arch = 'cpu' if config.device == 'cpu' else 'hopper'
-    traced, fits, sentence = fit_trace(config, limit, card=arch, correction=offset)
-    print(*about, traced, sentence, sep='\n\n')
-    return 0 if fits else 3
+    verdict = fit_trace(config, limit, arch=arch, overhead_offset=offset)
+    print(*about, verdict.trace, verdict.sentence, sep='\n\n')
+    return 0 if verdict.fits else 3
 
 def print_fit(
     config: RunConfig,   # the settings; those that were given are kept, but for how the batch is divided

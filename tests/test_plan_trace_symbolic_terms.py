@@ -12,31 +12,31 @@ from homelab_ft.plan.trace.symbolic_terms import pair_moments, pareto_front, pha
 SIZES = dict(n=512, r=16, i=256)
 
 
-def rehearsed(policy, layers, n, r, i):
+def traced(policy, layers, n, r, i):
     "The ledger of two steps of a small Llama, uncompiled."
-    rehearse = pytest.importorskip('homelab_ft.plan.trace.dry_run')
+    dry_run = pytest.importorskip('homelab_ft.plan.trace.dry_run')
     raw = dict(model_type='llama', hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64, intermediate_size=i, vocab_size=1024,
                num_hidden_layers=layers, max_position_embeddings=2**20)
     config = make_config(model='Llama-3.1-8B', method='lora', lora_r=r, max_length=n, per_device_train_batch_size=2, torch_compile=False, padding_free=True)
     gc.collect()
     gc.disable()        # deaths come in order
     try:
-        witness, _ = rehearse.rehearse(config, rehearse.DryRunSpec(raw=raw, policies=[policy] * layers, shape=(2 * n, 512, 8), gradients=False))
-        return Ledger(list(witness.book.events), list(witness.book.marks), dict(witness.book.kinds))
+        tracer, _ = dry_run.dry_run(config, dry_run.DryRunSpec(hf_config=raw, policies=[policy] * layers, bucket=(2 * n, 512, 8), gradients=False))
+        return Ledger(list(tracer.ledger.events), list(tracer.ledger.phases), dict(tracer.ledger.categories))
     finally: gc.enable()
 
 
 def told(policy, layers):
     "Every moment as a sum of products."
-    doubled = {x: rehearsed(policy, layers, **SIZES | {x: 2 * n}) for x, n in SIZES.items()}
-    book = rehearsed(policy, layers, **SIZES)
+    doubled = {x: traced(policy, layers, **SIZES | {x: 2 * n}) for x, n in SIZES.items()}
+    book = traced(policy, layers, **SIZES)
     return terms.moments(book, terms.storage_products(book, doubled, SIZES))
 
 
 def most(book):
     "Bytes at the peak of every phase, from its beginning on, added up event by event."
     now, found, key, marks = 0, {}, (0, 'load'), {}
-    for i, *where in book.marks: marks.setdefault(i, []).append(tuple(where))
+    for i, *where in book.phases: marks.setdefault(i, []).append(tuple(where))
     for i, (n, _) in enumerate(book.events):
         for key in marks.get(i, ()): found[key] = max(found.get(key, 0), now)
         now += n
@@ -48,7 +48,7 @@ def most(book):
 def test_the_formula_of_a_toy_says_what_a_trace_of_any_size_says(policy):
     two, three = told(policy, 2), told(policy, 3)
     for layers, sizes in [(5, dict(n=1536, r=48, i=704)), (2, dict(n=320, r=64, i=1024))]:
-        wanted = most(rehearsed(policy, layers, **sizes))
+        wanted = most(traced(policy, layers, **sizes))
         for phase in ('forward', 'loss', 'backward'):
             found = phase_bytes(pareto_front(pair_moments(two[1, phase], three[1, phase])), sizes, layers)
             assert found == pytest.approx(wanted[1, phase], rel=1e-3), (phase, layers)

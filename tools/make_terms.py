@@ -63,15 +63,15 @@ def ledger(mode, layers, sizes):
         max_length=sizes['n'], target_modules=targets[0].split('+') if targets else 'all-linear',
         per_device_train_batch_size=sizes['b'], torch_compile=layers_are == 'compiled', padding_free=True)
     # On Ampere attention is flash attention: every piece of its memory is a product
-    spec = dry_run.DryRunSpec(raw=toy(family, layers, sizes), policies=[policy] * layers, shape=(sizes['b'] * sizes['n'], sizes['p'], 8),
-                              gradients=False, card='ampere')
+    spec = dry_run.DryRunSpec(hf_config=toy(family, layers, sizes), policies=[policy] * layers, bucket=(sizes['b'] * sizes['n'], sizes['p'], 8),
+                              gradients=False, arch='ampere')
     torch._dynamo.reset()
     gc.collect()
     gc.disable()
     try:
         with patch.object(memory_tracer, 'sum_bytes', lambda *_: 0):      # no products of sizes; `packed_phases` adds them
-            tracer, _ = dry_run.rehearse(config, spec)
-        return Ledger(list(tracer.book.events), list(tracer.book.marks), dict(tracer.book.kinds))
+            tracer, _ = dry_run.dry_run(config, spec)
+        return Ledger(list(tracer.ledger.events), list(tracer.ledger.phases), dict(tracer.ledger.categories))
     finally: gc.enable()
 
 

@@ -21,7 +21,7 @@ WARM, TIMED = 3, 11
 def timed(settings):
     "Seconds of each step."
     probe.STEPS = WARM + TIMED
-    job, found = probe.probe_job(make_config(**settings, method='full'), known_config(settings['model'])), []
+    job, found = probe.probe_context(make_config(**settings, method='full'), known_config(settings['model'])), []
     for _ in range(WARM + TIMED):
         torch.cuda.synchronize()
         began = time.perf_counter()

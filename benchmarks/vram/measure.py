@@ -13,7 +13,7 @@ from homelab_ft.config import make_config
 from homelab_ft.plan.model_catalog import known_config
 from homelab_ft.train import trainer
 from homelab_ft.train.engine.features import features_json
-from homelab_ft.plan.probe import STEPS, probe_job
+from homelab_ft.plan.probe import STEPS, probe_context
 from homelab_ft.train.run_folder import versions
 
 LOCK = Path(tempfile.gettempdir()) / 'homelab_ft_context.lock'
@@ -50,7 +50,7 @@ def measure(settings, limit_gib, fixed=False):
     if limit_gib: torch.cuda.set_per_process_memory_fraction(limit_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     mine, used, context = open_context()
     config = make_config(**settings)
-    began, job = time.monotonic(), probe_job(config, known_config(config.model))
+    began, job = time.monotonic(), probe_context(config, known_config(config.model))
     if fixed: keep_all(job)
     prepared, at_rest, highest = time.monotonic() - began, torch.cuda.memory_allocated(), 0
     torch.cuda.reset_peak_memory_stats()

@@ -14,7 +14,7 @@ from homelab_ft.config import make_config
 from homelab_ft.table import Table
 from homelab_ft.io import now, write_json
 from homelab_ft.plan.memory.overhead import process_bytes
-from homelab_ft.plan.trace.memory_pools import held_layers, merged_bytes
+from homelab_ft.plan.trace.memory_pools import merged_layers, merged_bytes
 from homelab_ft.train.engine.packing import BUCKET_SIZE, round_up
 from homelab_ft.plan.model_shape import model_shape
 from homelab_ft.plan.memory.estimate import EstimateSpec, estimate
@@ -38,7 +38,7 @@ def merged(row, found):
     if config.method != 'qlora' or config.use_dora or not fast(row) or set(row['features']['policies']) != {'none'}: return 0
     shape = model_shape(config.model)
     each = merged_bytes(shape, config.target_modules)
-    return each * held_layers(room(row, config), found['first_pass'], each, shape.num_hidden_layers)
+    return each * merged_layers(room(row, config), found['first_microbatch'], each, shape.num_hidden_layers)
 
 
 def measured(row):
@@ -79,14 +79,14 @@ def closed(row):
     if fast(row) and est.step != 'packed': return None
     more, compiled = repeated(row, est), config.torch_compile is not False
     first = first_pass(est) + more
-    more += merged(row, dict(first_pass=first))
+    more += merged(row, dict(first_microbatch=first))
     return dict(allocated=first if fast(row) else tensors(est), reserved=reserved_bytes(est, compiled, config.method == 'int8') + more, process=est.peak + more)
 
 
 def traced(row, found):
     "The three figures of the trace."
     more = merged(row, found)
-    return dict(allocated=found['first_pass'] if fast(row) else found['allocated'], reserved=found['reserved'] + more, process=found['process'] + more)
+    return dict(allocated=found['first_microbatch'] if fast(row) else found['allocated'], reserved=found['reserved'] + more, process=found['process'] + more)
 
 
 def theirs(told):

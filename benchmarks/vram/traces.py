@@ -15,7 +15,7 @@ from homelab_ft.plan.trace.trace import trace
 from homelab_ft.plan.memory.estimate import adapter_params, weight_bytes
 
 HERE = Path(__file__).resolve().parent
-KEPT = ('allocated', 'phase', 'parts', 'phases', 'first_pass', 'reserved', 'process', 'recorded', 'host', 'layers', 'features', 'seconds')    # of a `MemoryTrace`
+KEPT = ('allocated', 'phase', 'parts', 'phases', 'first_microbatch', 'reserved', 'process', 'cuda_graph', 'ram_bytes', 'layers', 'features', 'seconds')    # of a `MemoryTrace`
 
 
 def fast(row):
@@ -42,9 +42,9 @@ def chunk(config, limit_gib):
 def as_it_ran(row):
     "Settings and arguments of `trace`."
     features = row['features']
-    if not fast(row): return make_config(**row['settings'] | dict(padding_free=False)), dict(policies=features['policies'] or None, whole=True) | (dict(tried=True) if features.get('packing_failed') else {})
+    if not fast(row): return make_config(**row['settings'] | dict(padding_free=False)), dict(policies=features['policies'] or None, all_layers=True) | (dict(after_failed_packing=True) if features.get('packing_failed') else {})
     config = make_config(**row['settings'] | ({} if features['compile']['on'] else dict(torch_compile=False)))
-    return config, dict(policies=features['policies'], tile=features['mlp_chunk'], chunk=chunk(config, row['limit_gib']))
+    return config, dict(policies=features['policies'], mlp_chunk=features['mlp_chunk'], loss_chunk=chunk(config, row['limit_gib']))
 
 
 def key(row):

@@ -54,7 +54,7 @@ def moments(
 ) -> dict:              # (step, phase) -> list of sums, one after every event and one before the first
     "What exists, moment by moment."
     marks = {}
-    for at, *phase in book.marks: marks.setdefault(at, []).append(tuple(phase))
+    for at, *phase in book.phases: marks.setdefault(at, []).append(tuple(phase))
     now, found, phase = Counter(), {}, (0, 'load')
     current = lambda: {letters: n for letters, n in now.items() if n}
     for at, (n, number) in enumerate(book.events):
