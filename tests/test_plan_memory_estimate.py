@@ -107,7 +107,7 @@ def traced_peak(torch, model, mixed, checkpointing, vocab):
 
 
 def one_step(torch, model, mixed, ids):
-    "The loss as the training engine computes it: the head at the positions that carry loss, 32-bit cross-entropy."
+    "The loss as the training engine computes it: the head at the positions with labels, 32-bit cross-entropy."
     with torch.autocast('cpu', torch.bfloat16, enabled=mixed):
         hidden = inner(model).model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].reshape(-1, HIDDEN)
         return cross_entropy(torch, inner(model).lm_head(hidden), ids[:, 1:].reshape(-1)) / hidden.shape[0]
@@ -123,8 +123,8 @@ def test_peak_of_a_step(torch, method, mixed, checkpointing, vocab):
     measured = traced_peak(torch, build(torch, 'llama', 4, method, mixed, vocab), mixed, checkpointing, vocab)
     shape = model_shape(config_of('llama', 4, vocab))
     est = estimate(shape, method=method, lora_r=RANK, batch_size=BATCH, length=LENGTH, gradient_checkpointing=checkpointing, dtype='bfloat16' if mixed else 'float32', padding_free=False, arch='cpu')
-    standing = weight_bytes(shape, method, 2 if mixed else 4) + (0 if method == 'full' else 4 * adapter_params(shape, RANK))
-    predicted = est.allocated - standing
+    static = weight_bytes(shape, method, 2 if mixed else 4) + (0 if method == 'full' else 4 * adapter_params(shape, RANK))
+    predicted = est.allocated - static
     print(f'{predicted / measured - 1:+.1%}')
     assert 0.99 <= predicted / measured <= 1.10
 
