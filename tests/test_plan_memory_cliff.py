@@ -1,4 +1,4 @@
-"The cliff benchmark without a card: which cases it takes, what it calls running out, and that nothing hides it."
+"The cliff benchmark without a GPU: which cases it takes, what it calls running out, and that nothing hides it."
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,8 +100,8 @@ def test_a_step_that_was_not_as_planned_counts_for_nothing(cliff, cases, odd, i)
     assert 'not as planned' in str(cliff.table([row]))
 
 
-def test_nothing_hides_a_card_that_is_full(cliff):
-    "In a run a full card costs recordings; measured as `fixed`, it ends the steps."
+def test_nothing_hides_a_full_gpu(cliff):
+    "In a run a full GPU costs captured graphs; measured as `fixed`, it ends the steps."
     import measure
     from homelab_ft.train.engine.packed import PackedStep
     engine, tries = PackedStep.__new__(PackedStep), []

@@ -1,6 +1,5 @@
-"plan.vram: what the closed form says against what PyTorch keeps and peaks at, on a processor with tiny models."
-import json, subprocess, sys, timeit, weakref
-from pathlib import Path
+"The closed form of the padded step against what PyTorch keeps and peaks at, on a CPU with tiny models; and its invariants."
+import subprocess, sys, timeit, weakref
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -10,7 +9,6 @@ from homelab_ft.plan.memory.padded_step import layer_bytes
 from homelab_ft.plan.memory.estimate import PARTS, estimate
 from homelab_ft.plan.memory.static import METHODS, OPTIMIZER_BYTES, adapter_params, target_linears, weight_bytes
 
-VRAM = Path(__file__).resolve().parent.parent / 'benchmarks' / 'vram'
 HIDDEN, VOCAB, BATCH, LENGTH, RANK = 256, 512, 3, 64, 8
 SIZES = dict(hidden_size=HIDDEN, intermediate_size=704, num_attention_heads=8, num_key_value_heads=2, head_dim=32, pad_token_id=0)
 
@@ -62,7 +60,7 @@ def kept_bytes(torch, model, mixed):
 
 @pytest.mark.parametrize('mixed', [True, False], ids=['bf16', 'fp32'])
 @pytest.mark.parametrize('method', ['lora', 'full'])
-@pytest.mark.parametrize('kind, window', [('llama', None), ('mistral', None), ('mistral', 32), ('qwen2', None), ('qwen3', None), ('phi3', None), ('phi3', 32), ('gemma3_text', 4096)])
+@pytest.mark.parametrize('kind, window', [('llama', None), ('mistral', 32), ('qwen3', None), ('phi3', 32), ('gemma3_text', 4096)])
 def test_what_a_layer_keeps(torch, kind, window, method, mixed):
     "The table of kept activations equals what autograd keeps for one more layer."
     two, three = (kept_bytes(torch, build(torch, kind, n, method, mixed, window=window), mixed) for n in (2, 3))
@@ -109,7 +107,7 @@ def traced_peak(torch, model, mixed, checkpointing, vocab):
 
 
 def one_step(torch, model, mixed, ids):
-    "The loss as the training engine computes it: the head at the positions that carry loss, 32-bit cross-entropy."
+    "The loss as the training engine computes it: the head at the positions with labels, 32-bit cross-entropy."
     with torch.autocast('cpu', torch.bfloat16, enabled=mixed):
         hidden = inner(model).model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].reshape(-1, HIDDEN)
         return cross_entropy(torch, inner(model).lm_head(hidden), ids[:, 1:].reshape(-1)) / hidden.shape[0]
@@ -118,17 +116,15 @@ def one_step(torch, model, mixed, ids):
 def cross_entropy(torch, logits, targets): return torch.nn.functional.cross_entropy(logits.float(), targets, reduction='none').sum()
 
 
-@pytest.mark.parametrize('vocab', [64, 4096])
-@pytest.mark.parametrize('checkpointing', [False, True], ids=['kept', 'checkpointed'])
-@pytest.mark.parametrize('mixed', [True, False], ids=['bf16', 'fp32'])
-@pytest.mark.parametrize('method', ['lora', 'full'])
+@pytest.mark.parametrize('method, mixed, checkpointing, vocab', [
+    ('lora', True, False, 64), ('lora', True, True, 4096), ('full', True, False, 4096), ('full', False, True, 64)])
 def test_peak_of_a_step(torch, method, mixed, checkpointing, vocab):
     "The maximum over phases against a trace of a whole step: never 1 % under, never 10 % over."
     measured = traced_peak(torch, build(torch, 'llama', 4, method, mixed, vocab), mixed, checkpointing, vocab)
     shape = model_shape(config_of('llama', 4, vocab))
     est = estimate(shape, method=method, lora_r=RANK, batch_size=BATCH, length=LENGTH, gradient_checkpointing=checkpointing, dtype='bfloat16' if mixed else 'float32', padding_free=False, arch='cpu')
-    standing = weight_bytes(shape, method, 2 if mixed else 4) + (0 if method == 'full' else 4 * adapter_params(shape, RANK))
-    predicted = est.allocated - standing
+    static = weight_bytes(shape, method, 2 if mixed else 4) + (0 if method == 'full' else 4 * adapter_params(shape, RANK))
+    predicted = est.allocated - static
     print(f'{predicted / measured - 1:+.1%}')
     assert 0.99 <= predicted / measured <= 1.10
 
@@ -148,15 +144,15 @@ def test_nf4_bytes(torch, double):
 
 
 SHAPES = known_shapes()
-WISHES = dict(method=st.sampled_from(METHODS), lora_r=st.integers(1, 256), batch_size=st.integers(1, 32), length=st.integers(1, 2048),
+CHANGES = dict(method=st.sampled_from(METHODS), lora_r=st.integers(1, 256), batch_size=st.integers(1, 32), length=st.integers(1, 2048),
               gradient_checkpointing=st.booleans(), optim=st.sampled_from(sorted(OPTIMIZER_BYTES)), dtype=st.sampled_from(['bfloat16', 'float32']),
               label_share=st.floats(0.01, 1), gradient_accumulation_steps=st.integers(1, 4), padding_free=st.sampled_from([False, 'auto']))
 
 
-@given(name=st.sampled_from(sorted(SHAPES)), wishes=st.fixed_dictionaries(WISHES))
-@settings(max_examples=200, deadline=None)
-def test_always_sane(name, wishes):
-    est = estimate(SHAPES[name], **wishes)
+@given(name=st.sampled_from(sorted(SHAPES)), changes=st.fixed_dictionaries(CHANGES))
+@settings(max_examples=60, deadline=None)
+def test_always_sane(name, changes):
+    est = estimate(SHAPES[name], **changes)
     assert all(isinstance(size, int) and size >= 0 for phase in est.phases.values() for size in phase.values())
     assert est.peak == max(sum(p.values()) for p in est.phases.values()) == sum(est.phases[est.phase].values())
     assert all(tuple(p) == PARTS for p in est.phases.values()) and est.allocated + est.overhead == est.peak and sum(est.policies.values()) == SHAPES[name].num_hidden_layers
@@ -164,11 +160,11 @@ def test_always_sane(name, wishes):
     assert 0 <= est.reclaimable <= est.overhead and (est.step == 'padded' or 'offload' in est.policies or not est.reclaimable)
 
 
-@given(name=st.sampled_from(sorted(SHAPES)), wishes=st.fixed_dictionaries(WISHES), field=st.sampled_from(['lora_r', 'batch_size', 'length']))
-@settings(max_examples=200, deadline=None)
-def test_more_never_costs_less(name, wishes, field):
-    more = {**wishes, field: wishes[field] * 2} if field != 'length' else {**wishes, 'length': min(2048, wishes['length'] * 2)}
-    assert estimate(SHAPES[name], **more).peak >= estimate(SHAPES[name], **wishes).peak
+@given(name=st.sampled_from(sorted(SHAPES)), changes=st.fixed_dictionaries(CHANGES), field=st.sampled_from(['lora_r', 'batch_size', 'length']))
+@settings(max_examples=60, deadline=None)
+def test_more_never_costs_less(name, changes, field):
+    more = {**changes, field: changes[field] * 2} if field != 'length' else {**changes, 'length': min(2048, changes['length'] * 2)}
+    assert estimate(SHAPES[name], **more).peak >= estimate(SHAPES[name], **changes).peak
 
 
 def test_fast():
@@ -179,12 +175,3 @@ def test_fast():
 def test_no_torch():
     code = 'import sys; from homelab_ft.plan.memory.estimate import estimate, model_shape; estimate(model_shape("Llama-3.1-8B")); print([m for m in ("torch", "transformers", "matplotlib") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
-
-
-def test_predictions_on_file_are_those_of_today(monkeypatch):
-    "What the documentation compares with measurement is what the closed form says now, not what it once said."
-    pytest.importorskip('torch')
-    monkeypatch.syspath_prepend(str(VRAM))
-    import predict
-    kept, today = (VRAM / 'predicted.json').read_text(), json.dumps(predict.predicted())
-    assert json.loads(kept)['rows'] == json.loads(today), 'run benchmarks/vram/predict.py'

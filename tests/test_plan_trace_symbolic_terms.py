@@ -19,14 +19,14 @@ def traced(policy, layers, n, r, i):
                num_hidden_layers=layers, max_position_embeddings=2**20)
     config = make_config(model='Llama-3.1-8B', method='lora', lora_r=r, max_length=n, per_device_train_batch_size=2, torch_compile=False, padding_free=True)
     gc.collect()
-    gc.disable()        # deaths come in order
+    gc.disable()        # storages are freed in order
     try:
         tracer, _ = dry_run.dry_run(config, dry_run.DryRunSpec(hf_config=raw, policies=[policy] * layers, bucket=(2 * n, 512, 8), gradients=False))
         return Ledger(list(tracer.ledger.events), list(tracer.ledger.phases), dict(tracer.ledger.categories))
     finally: gc.enable()
 
 
-def told(policy, layers):
+def traced_moments(policy, layers):
     "Every moment as a sum of products."
     doubled = {x: traced(policy, layers, **SIZES | {x: 2 * n}) for x, n in SIZES.items()}
     book = traced(policy, layers, **SIZES)
@@ -46,7 +46,7 @@ def most(book):
 
 @pytest.mark.parametrize('policy', ['none', 'layer'])
 def test_the_formula_of_a_toy_says_what_a_trace_of_any_size_says(policy):
-    two, three = told(policy, 2), told(policy, 3)
+    two, three = traced_moments(policy, 2), traced_moments(policy, 3)
     for layers, sizes in [(5, dict(n=1536, r=48, i=704)), (2, dict(n=320, r=64, i=1024))]:
         wanted = most(traced(policy, layers, **sizes))
         for phase in ('forward', 'loss', 'backward'):

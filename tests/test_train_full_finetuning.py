@@ -25,7 +25,7 @@ from homelab_ft.train.run_folder import RunFolder, events, history, status
 from homelab_ft.train.engine.full import FullStep, full_step
 
 SMALL = dict(method='full', learning_rate=5e-4, max_rows=100, max_steps=12, per_device_train_batch_size=4, save_steps=4, eval_steps=6,
-             eval_max_rows=16, generate_max_rows=2, n_bootstrap=50, save_total_limit=1)
+             eval_max_rows=16, generate_max_rows=2, n_bootstrap=100, save_total_limit=1)
 PARAMETERS = 5_180_672
 
 def losses(run): return [(r['step'], r['loss']) for r in history(run)['train']]

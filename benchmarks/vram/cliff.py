@@ -1,16 +1,16 @@
-"""Does what the plan says fits train, and does what it says is too much run out? Cards limited to 8, 12, 16 and 24 GiB: python cliff.py OUT.json [workers].
+"""Does what the plan says fits train, and does what it says is too much run out? GPUs limited to 8, 12, 16 and 24 GiB: python cliff.py OUT.json [workers].
 
-Without arguments it prints its cases, which needs no card. Exit code 1 if a verdict was wrong.
+Without arguments it prints its cases, which needs no GPU. Exit code 1 if a verdict was wrong.
 
 The limit is `torch.cuda.set_per_process_memory_fraction`. It holds for what PyTorch takes from the driver, reserved memory; the context and the libraries lie outside of it.
-So what is compared with the limit is what the closed form says is needed, less these two: tensors, and gaps within recorded passes. Gaps of padded rows are given back when the
-card is full. A card that really has 8 GiB would have to hold all.
+So what is compared with the limit is what the closed form says is required, less these two: tensors, and fragmentation within captured graphs. Free blocks of the padded step
+are given back when the GPU is full. A GPU that really has 8 GiB would have to hold all.
 Up to 97 % of the limit the verdict is "fits", from 103 % on "runs out"; between them there is none, and nothing is tested.
 
-A case must be one configuration, not a family of which the step takes the one that fits. So every layer keeps everything, or every layer computes again, instead of `auto`;
-layers in 4 bits are not compiled, since numbers that random weights decide may refuse that; and `measure.py ... fixed` takes from a step what it gives up on a full card.
-What it gives up before its first step counts as run out as well: passes that are not recorded since the card is too full. One thing follows the limit and is known to
-the closed form: how many positions the loss takes at a time. A row whose step was not as planned for any other reason says so and counts for nothing.
+A case must be one configuration, not a family of which the step takes the one that fits. So every layer keeps everything, or every layer is recomputed, instead of `auto`;
+4-bit layers are not compiled, since numbers that random weights decide may refuse that; and `measure.py ... fixed` takes from a step what it gives up on a full GPU.
+What it gives up before its first step counts as run out as well: micro-batches that are not captured since the GPU is too full. One thing follows the limit and is known to
+the closed form: how many labels the loss takes at a time. A row whose step was not as planned for any other reason says so and counts for nothing.
 
 `gaps` says that the tensors alone are below the limit; `retries`, how often PyTorch gave memory back.
 """
@@ -28,6 +28,7 @@ from homelab_ft.core import GiB
 from homelab_ft.config import make_config
 from homelab_ft.table import Table
 from homelab_ft.io import now, write_json
+from homelab_ft.train.engine.packing import BUCKET_SIZE
 from homelab_ft.train.engine.features import OUT_OF_MEMORY
 from homelab_ft.plan.model_shape import model_shape
 from homelab_ft.plan.memory.estimate import EstimateSpec, estimate
@@ -41,7 +42,7 @@ FITS, RUNS_OUT, WINDOW = 0.97, 1.03, 0.02       # shares of the limit; how far b
 MODELS = ('SmolLM2-135M', 'SmolLM2-360M', 'Qwen3-0.6B', 'Llama-3.2-1B', 'Qwen3-1.7B', 'Llama-3.2-3B', 'Phi-3-mini', 'Llama-3.1-8B', 'Qwen3-8B', 'Llama-2-13B', 'Qwen3-14B')
 FAST, PADDED, WHOLE = (dict(method='lora'), dict(method='qlora', torch_compile=False)), (dict(method='lora', padding_free=False),), (dict(method='full'),)
 PAIRS = (FAST[:1], FAST[1:], FAST, PADDED, WHOLE)      # for each limit five times a case just inside and one just beyond, each time of one of these kinds
-BATCHES, MOST_TOKENS, GRAIN = (1, 2, 4, 8), 16384, 256      # passes of the fast step are multiples of GRAIN
+BATCHES, MOST_TOKENS = (1, 2, 4, 8), 16384
 TOGETHER = 3                            # cases on more than 16 GiB that run at the same time
 
 
@@ -79,7 +80,7 @@ def lengths(family):
     "From which a case may choose."
     batch = family['per_device_train_batch_size']
     most = min(MOST_TOKENS // batch, model_shape(family['model']).max_position_embeddings)
-    return range(GRAIN, most + 1, GRAIN // batch)
+    return range(BUCKET_SIZE, most + 1, BUCKET_SIZE // batch)
 
 
 def pair(family, limit_gib):
@@ -125,9 +126,10 @@ def outcome(row):
 def unlike(row):
     "In what the step that trained was not the one that was planned."
     config, features = make_config(**row['settings']), row['features']
-    fast, n, again = need(row['settings'], row['limit_gib'])['step'] == 'packed', model_shape(config.model).num_hidden_layers, config.gradient_checkpointing
-    if not fast: return ['packed'] * features['packed']['on'] + ['policies'] * (features['policies'] != ({'layer': n} if again else {}))
-    wanted = dict(packed=True, cuda_graph=True, compile=config.torch_compile is not False, merged_layers=0, policies={'layer' if again else 'none': n})
+    packed = need(row['settings'], row['limit_gib'])['step'] == 'packed'
+    n, checkpointing = model_shape(config.model).num_hidden_layers, config.gradient_checkpointing
+    if not packed: return ['packed'] * features['packed']['on'] + ['policies'] * (features['policies'] != ({'layer': n} if checkpointing else {}))
+    wanted = dict(packed=True, cuda_graph=True, compile=config.torch_compile is not False, merged_layers=0, policies={'layer' if checkpointing else 'none': n})
     found = {k: features[k]['on'] for k in ('packed', 'cuda_graph', 'compile')} | dict(merged_layers=features.get('merged_layers', 0), policies=features['policies'])
     return [k for k, v in wanted.items() if found[k] != v] + ['chunk'] * (row['chunk'] != chunk(config, row['limit_gib']))
 

@@ -17,12 +17,12 @@ SECONDS = 170       # a process may take
 
 
 def case(model, method, length, batch, limit_gib=0., **more):
-    "Settings of a run, and the card's memory that it may use; 0: all."
+    "Settings of a run, and the GPU memory that it may use; 0: all."
     return dict(model=model, method=method, max_length=length, per_device_train_batch_size=batch, **more), limit_gib
 
 
 def whole_card():
-    "Rows end to end on a card with room: everything kept, or every layer computed again."
+    "Packed sequences on a GPU with room: everything kept, or every layer recomputed."
     for model in ('SmolLM2-135M', 'Qwen3-0.6B', 'Llama-3.2-1B', 'Qwen3-1.7B'):
         yield from (case(model, 'lora', 1024, 4), case(model, 'qlora', 2048, 2), case(model, 'lora', 256, 16, optim='adamw_8bit'),
                     case(model, 'qlora', 4096, 1, gradient_accumulation_steps=4))
@@ -35,7 +35,7 @@ def whole_card():
 
 
 def limited():
-    "Less memory than the card has: as few layers computed again as that allows."
+    "Less memory than the GPU has: as few layers recomputed as that allows."
     yield from (case('Llama-3.1-8B', 'qlora', 2048, 4, 24.), case('Llama-3.1-8B', 'qlora', 8192, 1, 24.), case('Llama-3.1-8B', 'qlora', 16384, 1, 24.),
                 case('Llama-3.1-8B', 'qlora', 4096, 2, 16.), case('Llama-3.1-8B', 'qlora', 1024, 4, 12.), case('Qwen3-8B', 'qlora', 4096, 2, 24.),
                 case('Qwen2.5-14B', 'qlora', 2048, 1, 24.), case('Qwen3-14B', 'qlora', 4096, 1, 24.), case('Llama-2-13B', 'qlora', 2048, 2, 24.),
@@ -43,7 +43,7 @@ def limited():
 
 
 def padded():
-    "Padded rows, full fine-tuning, other kinds of model."
+    "Padded batches, full fine-tuning, other kinds of model."
     for model in ('SmolLM2-135M', 'Llama-3.2-1B'):
         yield from (case(model, 'lora', 1024, 2, padding_free=False), case(model, 'full', 512, 4), case(model, 'full', 1024, 2, gradient_checkpointing=True, optim='adamw_8bit'),
                     case(model, 'qlora', 2048, 1, padding_free=False, gradient_checkpointing=True))
@@ -66,7 +66,7 @@ def fresh_settings():
 
 
 def drawn(number='26', seed='1123', most_gib=26):
-    "Add to fresh.json: settings drawn at random, none larger than a share of the card."
+    "Add to fresh.json: settings drawn at random, none larger than a share of the GPU."
     sys.path.insert(0, str(HERE.parent / 'plan'))
     from agree import draw
     rng, found = random.Random(int(seed)), fresh_settings()
@@ -82,7 +82,7 @@ def drawn(number='26', seed='1123', most_gib=26):
 
 
 def fresh():
-    "Settings that were drawn, on the whole card."
+    "Settings that were drawn, on the whole GPU."
     return [(settings, 0.) for settings in fresh_settings()]
 
 
@@ -130,7 +130,7 @@ def collect(path, date):
     at = {json.dumps(settings, sort_keys=True): i for i, (settings, _) in enumerate(CASES)}
     number = lambda row: at[json.dumps(row['settings'], sort_keys=True)]
     good = sorted((r for r in rows if not r.get('failed') and r['alone']), key=number)
-    if len({json.dumps([r[k] for k in SHARED]) for r in good}) > 1: raise SystemExit('rows of different cards, versions or contexts')
+    if len({json.dumps([r[k] for k in SHARED]) for r in good}) > 1: raise SystemExit('rows of different GPUs, versions or contexts')
     kept = [dict(case=number(r), held_back=held_back()[number(r)]) | {k: v for k, v in r.items() if k not in SHARED} for r in good]
     write_json(HERE / 'measured.json', dict(date=date, **{k: good[0][k] for k in SHARED}, command=f'python matrix.py OUT.jsonl; python matrix.py --collect OUT.jsonl {date}',
                                             missing=[dict(settings=r['settings'], why=r['failed']) for r in rows if r.get('failed')], rows=kept))

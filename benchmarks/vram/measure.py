@@ -1,8 +1,8 @@
-"""Memory of our own training step on a card, one configuration per process: python measure.py '{"model": ..., "method": ..., ...}' [GiB [fixed]].
+"""Memory of our own training step on a GPU, one configuration per process: python measure.py '{"model": ..., "method": ..., ...}' [GiB [fixed]].
 
-Settings are those of a run. Weights are random and made on the card, packed ones as well; the step is prepared as in a run and takes three optimizer steps.
+Settings are those of a run. Weights are random and made on the GPU, quantized ones as well; the step is prepared as in a run and takes three optimizer steps.
 Prints one line, `ROW` and JSON: bytes allocated, reserved and of the process at their peaks, what the layers kept, versions. With `fixed`, a card that is full in a step
-ends the run, where it would give something up otherwise. Others may use the card meanwhile, if NVML says what each process takes.
+ends the run, where it would give something up otherwise. Others may use the GPU meanwhile, if NVML says what each process takes.
 """
 import fcntl, json, os, sys, tempfile, time
 from pathlib import Path
@@ -20,11 +20,11 @@ LOCK = Path(tempfile.gettempdir()) / 'homelab_ft_context.lock'
 
 
 def on_card():
-    "Bytes used on the card by everybody, and by each process that NVML names (by the number it has there)."
+    "Bytes used on the GPU by everybody, and by each process that NVML names (by the number it has there)."
     import pynvml
     pynvml.nvmlInit()
-    card = pynvml.nvmlDeviceGetHandleByIndex(0)
-    return pynvml.nvmlDeviceGetMemoryInfo(card).used, {p.pid: p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(card)}
+    gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+    return pynvml.nvmlDeviceGetMemoryInfo(gpu).used, {p.pid: p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)}
 
 
 def open_context():
@@ -41,7 +41,7 @@ def open_context():
 
 
 def keep_all(job):
-    "From now on a card that is full ends the run: recordings, merged matrices and policies stay as they were prepared."
+    "From now on a GPU that is full ends the run: captured graphs, cached merged weights and policies stay as they were prepared."
     job.step.downgrade_after_oom = lambda: False
 
 

@@ -1,9 +1,9 @@
 """Every measured row beside its predictions: python predict.py, after traces.py and peers.py. Writes predicted.json and prints the errors of both halves.
 
-Ours are two, the closed form and the trace. Both are told what the step chose on the card: policies, positions of the loss at a time, whether layers were compiled.
+Ours are two, the closed form and the trace. Both get what the step chose on the GPU: policies, positions of the loss at a time, whether layers were compiled.
 
-What is compared: where rows lie end to end, the peak of the largest pass when the step was fitted, with gradients and without states, since later peaks are within recorded
-passes, which PyTorch does not count as allocated; where they are padded, the peak of three steps. Reserved and process bytes are those of the steps, recordings included.
+What is compared: where sequences are packed, the peak of the largest micro-batch when the step was fitted, with gradients and without states, since later peaks are within captured
+graphs, which PyTorch does not count as allocated; in padded batches, the peak of three steps. Reserved and process bytes are those of the steps, captured graphs included.
 """
 import json
 from pathlib import Path
@@ -19,17 +19,17 @@ from homelab_ft.train.engine.packing import BUCKET_SIZE, round_up
 from homelab_ft.plan.model_shape import model_shape
 from homelab_ft.plan.memory.estimate import EstimateSpec, estimate
 
-from traces import as_it_ran, fast, key, trained
+from traces import as_it_ran, is_packed, key, trained
 
 HERE = Path(__file__).resolve().parent
-CARD = 139.8 * GiB      # what the measured card has
+GPU_BYTES = 139.8 * GiB      # what the measured GPU has
 KINDS = ('allocated', 'reserved', 'process')
 WHO = dict(closed=KINDS, trace=KINDS, sum=('allocated', 'process'), accelerate=('allocated', 'process'), fitcheck=('allocated', 'process'))
 
 
 def room(row, config):
     "Bytes that tensors may take, as the step reckons it: four percent left free, and the optimizer's states."
-    return int(0.96 * (row['limit_gib'] * GiB or CARD)) - (2 if '8bit' in config.optim else 8) * trained(config)
+    return int(0.96 * (row['limit_gib'] * GiB or GPU_BYTES)) - (2 if '8bit' in config.optim else 8) * trained(config)
 
 
 def merged_layers(limit, peak, each, layers):
@@ -40,7 +40,7 @@ def merged_layers(limit, peak, each, layers):
 def merged(row, found):
     "Bytes of merged matrices that the step will hold."
     config = make_config(**row['settings'])
-    if config.method != 'qlora' or config.use_dora or not fast(row) or set(row['features']['policies']) != {'none'}: return 0
+    if config.method != 'qlora' or config.use_dora or not is_packed(row) or set(row['features']['policies']) != {'none'}: return 0
     shape = model_shape(config.model)
     each = merged_bytes(shape, config.target_modules)
     return each * merged_layers(room(row, config), found['first_microbatch'], each, shape.num_hidden_layers)
@@ -48,7 +48,7 @@ def merged(row, found):
 
 def measured(row):
     "The three figures."
-    return dict(allocated=row['features']['peak_bytes'] if fast(row) else row['allocated'], reserved=row['reserved'], process=row['process'])
+    return dict(allocated=row['features']['peak_bytes'] if is_packed(row) else row['allocated'], reserved=row['reserved'], process=row['process'])
 
 
 def reserved_bytes(est, compiled=True, eight_bits=False):
@@ -70,28 +70,28 @@ def repeated(row, est):
     "Bytes of keys and values that PyTorch before 2.12 repeats for every query head, where rows of a pass differ in length; uncompiled layers keep them. The closed form is for later ones. Values that are part of a fused result keep it alive if they are not repeated."
     shape, config = model_shape(row['settings']['model']), make_config(**row['settings'])
     tokens = config.per_device_train_batch_size * config.max_length
-    if not fast(row) or row['features']['compile']['on'] or tokens % BUCKET_SIZE == 0: return 0
+    if not is_packed(row) or row['features']['compile']['on'] or tokens % BUCKET_SIZE == 0: return 0
     q, k = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     more = q - 3 * k if 'qkv_proj' in shape.linears else 2 * (q - k)
     return 2 * round_up(tokens, BUCKET_SIZE) * more * (est.policies.get('none', 0) + est.policies.get('mlp', 0))
 
 
 def closed(row):
-    "The three figures of the closed form; None where it has no terms for rows end to end."
+    "The three figures of the closed form; None where it has no terms for packed sequences."
     config, given = as_it_ran(row)
     est = estimate(model_shape(config.model), EstimateSpec.from_config(config), policies=given['policies'], loss_chunk=given.get('chunk', 0),
                    full_logits=not row['features'].get('chunked_loss', {}).get('on'))
-    if fast(row) and est.step != 'packed': return None
+    if is_packed(row) and est.step != 'packed': return None
     more, compiled = repeated(row, est), config.torch_compile is not False
     first = first_pass(est) + more
     more += merged(row, dict(first_microbatch=first))
-    return dict(allocated=first if fast(row) else tensors(est), reserved=reserved_bytes(est, compiled, config.method == 'int8') + more, process=est.peak + more)
+    return dict(allocated=first if is_packed(row) else tensors(est), reserved=reserved_bytes(est, compiled, config.method == 'int8') + more, process=est.peak + more)
 
 
 def traced(row, found):
     "The three figures of the trace."
     more = merged(row, found)
-    return dict(allocated=found['first_microbatch'] if fast(row) else found['allocated'], reserved=found['reserved'] + more, process=found['process'] + more)
+    return dict(allocated=found['first_microbatch'] if is_packed(row) else found['allocated'], reserved=found['reserved'] + more, process=found['process'] + more)
 
 
 def theirs(told):
@@ -104,7 +104,7 @@ def predicted():
     "One entry per row."
     read = lambda name: json.loads((HERE / name).read_text())
     found, peers = read('traces.json'), {r['case']: r for r in read('peers.json')['rows']}
-    return [dict(case=r['case'], held_back=r['held_back'], settings=r['settings'], limit_gib=r['limit_gib'], padded=not fast(r), recompute=r['features']['policies'],
+    return [dict(case=r['case'], held_back=r['held_back'], settings=r['settings'], limit_gib=r['limit_gib'], padded=not is_packed(r), recompute=r['features']['policies'],
                  measured=measured(r), predicted=dict(trace=traced(r, found[key(r)]), **({'closed': said} if (said := closed(r)) else {}), **theirs(peers[r['case']]))) for r in read('measured.json')['rows']]
 
 

@@ -18,8 +18,8 @@ HERE = Path(__file__).resolve().parent
 KEPT = ('allocated', 'phase', 'parts', 'phases', 'first_microbatch', 'reserved', 'process', 'cuda_graph', 'ram_bytes', 'layers', 'features', 'seconds')    # of a `MemoryTrace`
 
 
-def fast(row):
-    "Whether the step laid rows end to end."
+def is_packed(row):
+    "Whether sequences were packed."
     return row['features']['packed']['on']
 
 
@@ -30,7 +30,7 @@ def trained(config):
 
 
 def chunk(config, limit_gib):
-    "Positions of the loss at a time on a card with a limit, as `rows.fit_loss_chunk` takes them; 0: as many as usual."
+    "Positions of the loss at a time on a GPU with a limit, as `rows.fit_loss_chunk` takes them; 0: as many as usual."
     if not limit_gib: return 0
     shape, n = model_shape(config.model), trained(config)
     from homelab_ft.train.engine.ops.chunked_loss import chunk_size
@@ -42,7 +42,7 @@ def chunk(config, limit_gib):
 def as_it_ran(row):
     "Settings and arguments of `trace`."
     features = row['features']
-    if not fast(row): return make_config(**row['settings'] | dict(padding_free=False)), dict(policies=features['policies'] or None, all_layers=True) | (dict(after_failed_packing=True) if features.get('packing_failed') else {})
+    if not is_packed(row): return make_config(**row['settings'] | dict(padding_free=False)), dict(policies=features['policies'] or None, all_layers=True) | (dict(after_failed_packing=True) if features.get('packing_failed') else {})
     config = make_config(**row['settings'] | ({} if features['compile']['on'] else dict(torch_compile=False)))
     return config, dict(policies=features['policies'], mlp_chunk=features['mlp_chunk'], loss_chunk=chunk(config, row['limit_gib']))
 
