@@ -171,7 +171,7 @@ def meta_model(
          patch.object(dora, 'deepcopy', lambda layer: layer):
         return attach(model, config, compute)
 
-# %% ../../../nbs/plan/trace/02_fake_model.ipynb #21ff217f
+# %% ../../../nbs/plan/trace/02_fake_model.ipynb #c3492e64
 SCALE = 0.02        # standard deviation of plain weights, and the largest quantized one
 
 def random_4bit_weight(
@@ -194,7 +194,7 @@ def random_4bit_weight(
     values = torch.randint(0, 256, (-(-n // 2), 1), dtype=torch.uint8, device=device)
     return Params4bit(values, quant_state=state, quant_type=config.bnb_4bit_quant_type, bnb_quantized=True)
 
-# %% ../../../nbs/plan/trace/02_fake_model.ipynb #ac99cdcb
+# %% ../../../nbs/plan/trace/02_fake_model.ipynb #7fb6a4e9
 def random_model(
     config: RunConfig,      # settings of a run
     hf_config: dict,        # content of `config.json`

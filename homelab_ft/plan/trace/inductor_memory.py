@@ -132,7 +132,7 @@ def kernel_groups(
             for n in joined: groups[n] = joined
     return groups
 
-# %% ../../../nbs/plan/trace/05_inductor_memory.ipynb #6978fe01
+# %% ../../../nbs/plan/trace/05_inductor_memory.ipynb #9ee7b3ad
 def schedule(
     fusion: FusionGraph,    # of a graph
 ) -> tuple:                 # (nodes in the order in which they run, from `kernel_groups`)

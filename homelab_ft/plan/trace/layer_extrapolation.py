@@ -70,7 +70,7 @@ def phase_peak(
     best = max(tried, key=total)
     return total(best), best
 
-# %% ../../../nbs/plan/trace/07_layer_extrapolation.ipynb #2dc90f53
+# %% ../../../nbs/plan/trace/07_layer_extrapolation.ipynb #3c13806c
 def extrapolate_peaks(
     ledgers: list,          # in the order of `probe_configs`
     counts: dict,           # policy -> layers

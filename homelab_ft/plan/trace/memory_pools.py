@@ -49,8 +49,9 @@ def capture_workspaces(
     ledger: Ledger,         # of a step
 ) -> int:
     "Bytes of the capture stream's own workspace."
-    kept = [life for life in lifetimes(ledger).values() if life.last == len(ledger.events)]
-    return sum(life.n_bytes for life in kept if life.category == 'workspaces') // 2
+    named = [number for number, category in ledger.categories.items() if category == 'workspaces']
+    storages = lifetimes(ledger)
+    return sum(storages[number].n_bytes for number in named if storages[number].last == len(ledger.events)) // 2
 
 # %% ../../../nbs/plan/trace/08_memory_pools.ipynb #ed3488da
 def pool_bytes(

@@ -67,8 +67,8 @@ def inplace_microbatch_loss(
     "`microbatch_loss` without full logits; the head's gradient is in its `.grad` by then."
     at = send_batch(model, batch)
     decoder, head = decoder_and_head(model)
-    with precision(model, cache=False): output = decoder(input_ids=at.input_ids, use_cache=False)
-    hidden = output.last_hidden_state[at.sequences, at.positions]
+    with precision(model, cache=False):
+        hidden = decoder(input_ids=at.input_ids, use_cache=False).last_hidden_state[at.sequences, at.positions]
     dtype = getattr(unwrap_peft(model), 'computes_in', hidden.dtype)
     weights = torch.full_like(at.targets, 1 / max(n, 1), dtype=torch.float32)
     into = grad_buffer(head.weight)

@@ -107,7 +107,9 @@ def head_nll(
     for h, t in zip(hidden.split(size), targets.split(size)):
         logits = head(h)
         if cap is not None: logits = torch.tanh(logits / cap) * cap
-        parts.append(F.cross_entropy(logits.float(), t, reduction='none', label_smoothing=label_smoothing))
+        logits = logits.float()     # the 16-bit logits are freed before the loss takes memory
+        parts.append(F.cross_entropy(logits, t, reduction='none', label_smoothing=label_smoothing))
+        del logits
     return torch.cat(parts)
 
 # %% ../../../nbs/train/engine/02_padded.ipynb #bc0b8859
@@ -127,8 +129,8 @@ def label_nll(
             nll = F.cross_entropy(logits, at.targets, reduction='none', label_smoothing=label_smoothing)
         else:
             decoder, _ = decoder_and_head(model)
-            hidden = decoder(input_ids=at.input_ids, use_cache=False).last_hidden_state
-            nll = head_nll(model, hidden[at.sequences, at.positions], at.targets, label_smoothing)
+            hidden = decoder(input_ids=at.input_ids, use_cache=False).last_hidden_state[at.sequences, at.positions]
+            nll = head_nll(model, hidden, at.targets, label_smoothing)
     return nll, at.sequences
 
 # %% ../../../nbs/train/engine/02_padded.ipynb #43ba51af
