@@ -7,7 +7,7 @@ __all__ = ['DryRunSpec', 'DryRunPort', 'third_party_patches', 'trace_phases', 't
            'make_optimizer', 'padded_reason', 'make_packed_step', 'make_step', 'make_context', 'dry_run', 'result',
            'serve', 'main']
 
-# %% ../../../nbs/plan/trace/06_dry_run.ipynb #7a807e4b
+# %% ../../../nbs/plan/trace/06_dry_run.ipynb #7b693303
 import gc
 if __name__ == '__main__' and '__file__' in globals(): gc.disable()    # a notebook is `__main__` too, but has no file
 
@@ -350,5 +350,5 @@ def main():
     gc.enable()
     print(json.dumps(serve(json.load(sys.stdin), fork=True)))
 
-# %% ../../../nbs/plan/trace/06_dry_run.ipynb #a7cf90db
+# %% ../../../nbs/plan/trace/06_dry_run.ipynb #84e676df
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -27,8 +27,10 @@ def model_config(
     given = {k: v for k, v in hf_config.items() if k not in ('model_type', 'quantization_config')}
     try: config = AutoConfig.for_model(hf_config['model_type'], **given)
     except (KeyError, ValueError) as e:
-        raise ModelError('transformers does not know this model type', value=hf_config.get('model_type'),
-                         next_step='check the config.json') from e
+        raise ModelError(
+            'transformers does not know this model type',
+            value=hf_config.get('model_type'),
+            next_step='check the config.json') from e
     if not layers: return config
     config.num_hidden_layers = layers
     if getattr(config, 'layer_types', None): config.layer_types = config.layer_types[:layers]
@@ -79,12 +81,20 @@ def make_quant_state(
     def empty(n, dtype): return torch.empty(n, dtype=dtype, device='cpu')
     shape = torch.Size((layer.out_features, layer.in_features))
     n_scales = -(-shape.numel() // 64)
-    kind, dtype = config.bnb_4bit_quant_type, layer.compute_dtype
+    common = dict(shape=shape, blocksize=64, quant_type=config.bnb_4bit_quant_type, dtype=layer.compute_dtype)
     if not config.bnb_4bit_use_double_quant:
-        return QuantState(empty(n_scales, torch.float32), shape, empty(16, torch.float32), 64, kind, dtype)
-    nested = QuantState(empty(-(-n_scales // 256), torch.float32), None, empty(256, torch.float32), 256, None, torch.float32)
-    code = empty(n_scales, torch.uint8), shape, empty(16, torch.float32)
-    return QuantState(*code, 64, kind, dtype, empty((), torch.float32), nested)
+        return QuantState(empty(n_scales, torch.float32), code=empty(16, torch.float32), **common)
+    nested = QuantState(
+        empty(-(-n_scales // 256), torch.float32),
+        code=empty(256, torch.float32),
+        blocksize=256,
+        dtype=torch.float32)
+    return QuantState(
+        empty(n_scales, torch.uint8),
+        code=empty(16, torch.float32),
+        offset=empty((), torch.float32),
+        state2=nested,
+        **common)
 
 # %% ../../../nbs/plan/trace/02_fake_model.ipynb #6515a0e5
 def replace_parameters(
@@ -130,7 +140,9 @@ def materialize_fake(
     def fake(layer, name, old):
         "One parameter."
         kind = quantization_of(layer, name)
-        if kind == 'int8': return int8_weight(layer, empty(old.shape, torch.int8), empty(old.shape[0], torch.float32))
+        if kind == 'int8':
+            values = empty(old.shape, torch.int8)
+            return int8_weight(layer, values, empty(old.shape[0], torch.float32))
         if not kind: return nn.Parameter(empty(old.shape, old.dtype), requires_grad=old.requires_grad)
         n = layer.out_features * layer.in_features
         new = nn.Parameter(empty((-(-n // 2), 1), torch.uint8), requires_grad=False)
@@ -167,11 +179,10 @@ def meta_model(
     dtype = getattr(torch, compute)
     model = on_meta(model_config(hf_config, layers), torch.float32 if config.method == 'full' else dtype)
     if config.method in ('int8', 'qlora'): quantize_linears(model, config, dtype)
-    with patch.object(dora, 'dequantize_module_weight', dequantized_weight), \
-         patch.object(dora, 'deepcopy', lambda layer: layer):
+    with patch.multiple(dora, dequantize_module_weight=dequantized_weight, deepcopy=lambda layer: layer):
         return attach(model, config, compute)
 
-# %% ../../../nbs/plan/trace/02_fake_model.ipynb #c3492e64
+# %% ../../../nbs/plan/trace/02_fake_model.ipynb #21ff217f
 SCALE = 0.02        # standard deviation of plain weights, and the largest quantized one
 
 def random_4bit_weight(
@@ -194,7 +205,7 @@ def random_4bit_weight(
     values = torch.randint(0, 256, (-(-n // 2), 1), dtype=torch.uint8, device=device)
     return Params4bit(values, quant_state=state, quant_type=config.bnb_4bit_quant_type, bnb_quantized=True)
 
-# %% ../../../nbs/plan/trace/02_fake_model.ipynb #7fb6a4e9
+# %% ../../../nbs/plan/trace/02_fake_model.ipynb #ac99cdcb
 def random_model(
     config: RunConfig,      # settings of a run
     hf_config: dict,        # content of `config.json`

@@ -132,7 +132,7 @@ def kernel_groups(
             for n in joined: groups[n] = joined
     return groups
 
-# %% ../../../nbs/plan/trace/05_inductor_memory.ipynb #9ee7b3ad
+# %% ../../../nbs/plan/trace/05_inductor_memory.ipynb #6978fe01
 def schedule(
     fusion: FusionGraph,    # of a graph
 ) -> tuple:                 # (nodes in the order in which they run, from `kernel_groups`)
@@ -241,8 +241,8 @@ class FusedGraph(FusionGraph):
         if not self.full.issuperset(views_read(node)): return False
         if any(views_read(other) for other in self.groups[node] - {node}): return False
         for other, value in self.values.items():
-            needed_later = other is not source and self.last[other] > i
-            if needed_later and isinstance(value, torch.Tensor) and storage_id(value) == storage_id(old): return False
+            if other is source or self.last[other] <= i: continue
+            if isinstance(value, torch.Tensor) and storage_id(value) == storage_id(old): return False
         return True
 
 # %% ../../../nbs/plan/trace/05_inductor_memory.ipynb #c3b69310

@@ -63,14 +63,16 @@ def phase_peak(
     aligned = [align_events(base.changes, other.changes) for other in longer]
     for i in range(len(allocated[0])):
         candidates = [moments[i] for moments in aligned]
-        if all(candidates): tried.append([i] + [max(c, key=v.__getitem__) for c, v in zip(candidates, allocated[1:])])
+        if not all(candidates): continue
+        others = [max(c, key=values.__getitem__) for c, values in zip(candidates, allocated[1:])]
+        tried.append([i, *others])
     def total(moments):
         "Bytes with all layers at these moments."
         return extrapolate([values[i] for values, i in zip(allocated, moments)], counts)
     best = max(tried, key=total)
     return total(best), best
 
-# %% ../../../nbs/plan/trace/07_layer_extrapolation.ipynb #3c13806c
+# %% ../../../nbs/plan/trace/07_layer_extrapolation.ipynb #2dc90f53
 def extrapolate_peaks(
     ledgers: list,          # in the order of `probe_configs`
     counts: dict,           # policy -> layers

@@ -60,7 +60,7 @@ class Ledger:
         n_bytes, _ = self.events[number - 1]
         self.events.append((-n_bytes, number))
 
-# %% ../../../nbs/plan/trace/01_ledger.ipynb #83b46a7f
+# %% ../../../nbs/plan/trace/01_ledger.ipynb #f9ba89a9
 @dataclass
 class Segment:
     "The events of one phase."

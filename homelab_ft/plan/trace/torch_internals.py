@@ -6,14 +6,14 @@
 __all__ = ['OLDEST_CHECKED', 'NEWEST_CHECKED', 'check_torch_version', 'storage_id', 'is_only_holder', 'in_backward_pass',
            'called_by_engine']
 
-# %% ../../../nbs/plan/trace/03_torch_internals.ipynb #599acf45
+# %% ../../../nbs/plan/trace/03_torch_internals.ipynb #5519958f
 import sys
 
 import torch
 
 from ...core import HardwareError
 
-# %% ../../../nbs/plan/trace/03_torch_internals.ipynb #084da9fb
+# %% ../../../nbs/plan/trace/03_torch_internals.ipynb #79ba43f3
 OLDEST_CHECKED = (2, 11)
 NEWEST_CHECKED = (2, 13)
 
@@ -24,7 +24,7 @@ def check_torch_version():
     raise HardwareError('memory traces were not checked with this version of PyTorch', value=torch.__version__,
                         allowed='2.11 to 2.13', next_step='use the formula instead: homelab-ft plan without --trace')
 
-# %% ../../../nbs/plan/trace/03_torch_internals.ipynb #4e0aaeb4
+# %% ../../../nbs/plan/trace/03_torch_internals.ipynb #f8e52198
 def storage_id(
     tensor,                 # any
 ) -> int:
@@ -37,7 +37,7 @@ def is_only_holder(
     "Whether no other tensor shares the storage."
     return torch._C._storage_Use_Count(storage_id(tensor)) == 2
 
-# %% ../../../nbs/plan/trace/03_torch_internals.ipynb #e09460cf
+# %% ../../../nbs/plan/trace/03_torch_internals.ipynb #ea1bff93
 def in_backward_pass() -> bool:
     "Whether autograd's engine is at work in this thread."
     return torch._C._current_graph_task_id() != -1
