@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 parser = ConfigParser(delimiters=['='])
 parser.read(Path(__file__).with_name('settings.ini'), encoding='utf-8')
 cfg = parser['DEFAULT']
+README = Path(__file__).with_name('README.md')
 EXTRAS = ('dpo', 'dev')
 
 
@@ -17,7 +18,7 @@ setup(
     name=cfg['lib_name'],
     version=cfg['version'],
     description=cfg['description'],
-    long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8') if Path(__file__).with_name('README.md').exists() else '',
+    long_description=README.read_text(encoding='utf-8') if README.exists() else '',
     long_description_content_type='text/markdown',
     author=cfg['author'],
     author_email=cfg['author_email'],
@@ -25,7 +26,7 @@ setup(
     license='Apache-2.0',
     keywords=cfg['keywords'],
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers', 'Programming Language :: Python :: 3',
-                 'Programming Language :: Python :: 3.11', 'Programming Language :: Python :: 3.12', 'Programming Language :: Python :: 3.13'],
+                 *(f'Programming Language :: Python :: {version}' for version in ('3.11', '3.12', '3.13'))],
     packages=find_packages(include=['homelab_ft', 'homelab_ft.*']),
     package_data={'homelab_ft': ['assets/**/*', '**/*.yaml', '**/*.json']},
     include_package_data=False,   # what package_data says, no more

@@ -1,6 +1,6 @@
 "From a prepared data folder to evaluation.json, with the dataset formats that the notebook does not show."
 import json
-import numpy as np, pytest, torch
+import pytest, torch
 from homelab_ft.config import make_config
 from homelab_ft.data.chat_template import encode, load_tokenizer
 from homelab_ft.data.tokenize import make_cache, save_cache

@@ -2,7 +2,6 @@
 import random
 import numpy as np, pytest, torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
-from homelab_ft.core import DataError
 from homelab_ft.evaluate import inference
 from homelab_ft.evaluate.inference import generate_greedy, label_logprobs
 

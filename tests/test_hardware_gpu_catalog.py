@@ -152,7 +152,7 @@ BAD = [('[1, 2]', 'own.yaml'), ('gpus: 3', 'no list of GPUs'), ('gpus: [{id: 409
        ('gpus: [{id: a, memory_mib: 8192, source: [x]}]', 'source'),
        ('gpus: [{id: a, memory_mib: 8192, prices: [{kind: stolen, low: 1, high: 1, source: x}]}]', 'prices.0.kind'),
        ('gpus: [{id: a, memory_mib: 8192, prices: [{kind: used, low: 1, high: 1, date: soon, source: x}]}]', 'date'),
-       ('gpus: [{id: a, memory_mib: 24000, driver_names: [NVIDIA GeForce RTX 4090]}]', 'cannot be told apart'),
+       ('gpus: [{id: a, memory_mib: 24000, driver_names: [NVIDIA GeForce RTX 4090]}]', 'look the same'),
        ('gpus: [{id: rtx-4090, memory_mib: null}]', 'memory_mib'), ('gpus: {', 'YAML'), (b'gpus: [{id: \xff}]', 'YAML'),
        ('gpus: !!python/object/apply:os.system [echo]', 'YAML')]
 

@@ -1,5 +1,5 @@
 "Dry runs: against real tensors on the CPU, a few layers against all of them, and what their options change."
-import json, os, subprocess, sys
+import json, os, subprocess
 from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path

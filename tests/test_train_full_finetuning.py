@@ -6,7 +6,6 @@ from safetensors.torch import load_file
 
 from homelab_ft.core import ConfigError, HardwareError
 from homelab_ft.config import make_config
-from homelab_ft.data.chat_template import load_tokenizer
 from homelab_ft.data.tokenize import load_cache
 from homelab_ft.deploy.chat import load_chat
 from homelab_ft.evaluate.compare import load_evaluation, load_evaluation_data
@@ -21,7 +20,7 @@ from homelab_ft.train.engine.ops.chunked_loss import chunk_size
 from homelab_ft.train.lora import attach, load_adapter, set_adapter
 from homelab_ft.train.base_model import load_base
 from homelab_ft.train.engine.autotune import build_step
-from homelab_ft.train.run_folder import RunFolder, events, history, status
+from homelab_ft.train.run_folder import history, status
 from homelab_ft.train.engine.full import FullStep, full_step
 
 SMALL = dict(method='full', learning_rate=5e-4, max_rows=100, max_steps=12, per_device_train_batch_size=4, save_steps=4, eval_steps=6,

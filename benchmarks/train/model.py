@@ -1,5 +1,5 @@
 "A model with the shape of a config and random weights, as a folder that every trainer can load: python model.py CONFIG TOKENIZER OUT METHOD"
-import json, shutil, sys
+import shutil, sys
 from pathlib import Path
 
 import bitsandbytes as bnb

@@ -9,7 +9,7 @@ __all__ = ['checkpoint_dtype', 'dequantize_to_cpu', 'load_dense_base', 'load_mer
 import logging
 from pathlib import Path
 from ..core import RunError, model_path
-from ..config import RunConfig
+from ..config import QUANTIZED, RunConfig
 from ..hardware.machine import check_disk, check_writable
 from ..data.chat_template import end_of_turn_ids, load_tokenizer
 from ..data.tokenize import end_ids, is_text_dataset
@@ -51,7 +51,7 @@ def load_dense_base(
     config: RunConfig,     # of the run
 ):                         # transformers model without quantized layers, in CPU RAM
     "The weights that training started from: as stored, or, for 4 and 8 bits, after quantization."
-    if config.method in ('int8', 'qlora'): return dequantize_to_cpu(load_run_base(config))
+    if config.method in QUANTIZED: return dequantize_to_cpu(load_run_base(config))
     dtype = 'float32' if config.method == 'full' else checkpoint_dtype(config.model)
     return load_base(config.model, config.method, dtype, 'cpu')
 

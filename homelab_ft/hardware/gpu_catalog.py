@@ -214,7 +214,7 @@ def read_gpus(
             for other in by_key.get(key, []):
                 if not other.has_memory(gpu.memory_bytes): continue
                 both = f'{other.id} and {gpu.id}'
-                raise ConfigError('two GPUs cannot be told apart', value=both, next_step='give one another name')
+                raise ConfigError('two GPUs look the same', value=both, next_step='give one another name')
             by_key.setdefault(key, []).append(gpu)
     return gpus
 

@@ -12,7 +12,7 @@ import importlib.util, logging, os, warnings
 from pathlib import Path
 
 from ..core import ConfigError, HardwareError, ModelError, model_path
-from ..config import RunConfig
+from ..config import QUANTIZED, RunConfig
 from ..io import file_fingerprint, fingerprint
 from .engine.batching import SINGLE_SEQUENCE_OOM
 
@@ -64,7 +64,7 @@ def validate_method(
             why = 'is a setting of adapters' if name in ADAPTER_ONLY else 'needs a frozen base'
             raise ConfigError(f'{name} {why}', value=f'{name}={value}, method=full',
                               allowed='method=lora, int8 or qlora', next_step=f'leave out {name}, or set method=lora')
-    if config.method in ('int8', 'qlora'): require_bitsandbytes(f'method={config.method}')
+    if config.method in QUANTIZED: require_bitsandbytes(f'method={config.method}')
     if config.optim != 'adamw_torch': require_bitsandbytes(f'optim={config.optim}')
     if device != 'cpu': return
     for name, alternatives in CPU_ALTERNATIVES.items():

@@ -12,7 +12,7 @@ __all__ = ['PARTS', 'PART_COLORS', 'PART_LABELS', 'MemoryEstimate', 'estimate_ta
 from dataclasses import dataclass
 
 from ...core import ConfigError, fmt_gib
-from ...config import RunConfig
+from ...config import METHODS, RunConfig
 from ...table import Table
 from ...train.engine.ops.checkpoint_policy import POLICIES, choose_policies
 from ..model_shape import ModelShape, model_shape
@@ -21,7 +21,7 @@ from .packed_step import chunk_for, kept_bytes, packed_phases, why_no_terms
 from .padded_step import padded_phases, working_bytes
 from .spec import EstimateSpec, StepContext, make_spec
 from .static import (
-    METHODS, OPTIMIZER_BYTES, WORKSPACE_BYTES, check_choice,
+    OPTIMIZER_BYTES, WORKSPACE_BYTES, check_choice,
     adapter_params, state_bytes, target_linears, trained_matrices, weight_bytes)
 
 _all_ = ['EstimateSpec', 'ModelShape', 'model_shape', 'METHODS', 'OPTIMIZER_BYTES',

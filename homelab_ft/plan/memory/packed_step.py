@@ -14,8 +14,7 @@ from operator import mul
 
 from ...core import ConfigError, package_file
 from ...train.engine.ops.chunk_rules import MAX_LOGITS, chunk_size
-from ...train.engine.ops.checkpoint_policy import POLICIES
-from .spec import EstimateSpec, StepContext
+from .spec import StepContext
 from .static import sum_bytes
 
 # %% ../../../nbs/plan/memory/04_packed_step.ipynb #d134d2c1
@@ -36,7 +35,9 @@ def known_terms(
 ) -> dict:              # `made`: date and versions; `modes`: name -> terms
     "A data file; both methods of DoRA are in one."
     name = 'dora' if method.startswith('dora') else method
-    content = json.loads(package_file(f'plan/memory/terms_{name}.json').read_text())
+    path = package_file(f'plan/memory/terms_{name}.json')
+    if not path.exists(): return dict(modes={})
+    content = json.loads(path.read_text())
     return content | dict(modes={name: unpack_mode(mode) for name, mode in content['modes'].items()})
 
 def mode_name(

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ...core import ConfigError, near_matches
-from ...config import RunConfig
+from ...config import METHODS, RunConfig
 from ...train.engine.packing import BUCKET_SIZE, bucket_shape
-from .static import COMPUTE_BYTES, METHODS, OPTIMIZER_BYTES, WORKSPACE_BYTES, check_choice
+from .static import COMPUTE_BYTES, OPTIMIZER_BYTES, WORKSPACE_BYTES, check_choice
 from ..model_shape import ModelShape
 
 # %% ../../../nbs/plan/memory/02_spec.ipynb #f6ace3be

@@ -12,8 +12,8 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from ...core import ModelError
-from ...config import RunConfig
+from ...core import ConfigError, ModelError
+from ...config import QUANTIZED, RunConfig
 from ...train.lora import attach
 from ...train.base_model import quiet_libraries
 
@@ -62,6 +62,9 @@ def quantize_linears(
             sizes = linear.in_features, linear.out_features, linear.bias is not None
             if config.method == 'int8':
                 new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, device='meta')
+            elif config.method != 'qlora':
+                allowed = 'method=lora, int8, qlora or full'
+                raise ConfigError('a dry run knows no such weights', config.method, allowed, 'plan it without --trace')
             else:
                 double_quant, kind = config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type
                 new = bnb.nn.Linear4bit(*sizes, dtype, double_quant, kind, device='meta')
@@ -178,7 +181,7 @@ def meta_model(
     compute = 'float32' if config.dtype == 'float32' else 'bfloat16'
     dtype = getattr(torch, compute)
     model = on_meta(model_config(hf_config, layers), torch.float32 if config.method == 'full' else dtype)
-    if config.method in ('int8', 'qlora'): quantize_linears(model, config, dtype)
+    if config.method in QUANTIZED: quantize_linears(model, config, dtype)
     with patch.multiple(dora, dequantize_module_weight=dequantized_weight, deepcopy=lambda layer: layer):
         return attach(model, config, compute)
 

@@ -130,7 +130,7 @@ def run_dry_runs(
     raise getattr(core, error.pop('kind'))(**error)
 
 # %% ../../../nbs/plan/trace/09_trace.ipynb #e65710db
-def trace(
+def trace(  # noqa: PLR0913, as the entry point it takes all that a run may set
     config: RunConfig,          # settings of a run; every sequence is `max_length` tokens long
     policies: dict = None,      # policy -> layers; None: as `gradient_checkpointing` says, where `auto` means none
     bucket: tuple = (),         # (tokens, label positions, sequences) of every micro-batch; empty: full sequences
@@ -142,7 +142,7 @@ def trace(
     embedding_offloaded: bool = False,  # the embedding table is in CPU RAM, if it is frozen and not the output head too
     merged_layers: int = 0,     # layers whose merged weights are cached, 2 bytes for each value
     overhead_offset: int = 0,   # bytes that this GPU takes beyond the usual, measured by a probe
-    after_failed_packing: bool = False, # padded batches, after packed sequences were tried and refused, as a run does unless `padding_free` is false
+    after_failed_packing: bool = False, # padded batches, after packed sequences were tried and refused
     all_layers: bool = False,   # trace all layers, for exact fragmentation in `reserved`
 ) -> MemoryTrace:
     "The memory of a run; `ConfigError` and `ModelError` for what cannot be, before the process is started."

@@ -59,7 +59,7 @@ def round_up(
 class Bucket(NamedTuple):
     "The shape of a packed micro-batch."
     size: int           # tokens, padding included
-    labels: int         # positions that carry loss
+    labels: int         # positions that have labels
     sequences: int      # sequences and pieces of padding
 
 def bucket_shape(
@@ -88,8 +88,9 @@ def collate_packed(
     """Some sequences, packed.
 
     `input_ids`, `position_ids`: int64 [1, size]; `cu_seqlens`: int32 [sequences + 1], where each sequence begins, then `size`;
-    `label_positions`: int64 [labels], positions whose next token is learned; `targets`: int64 [labels]; `weights`: float32 [labels], 1/n, or 0 for padding.
-    The padding at the end forms sequences of its own, so that attention defines every position. A bucket that is too small is a `ValueError`.
+    `label_positions`: int64 [labels], positions whose next token is a label; `targets`: int64 [labels];
+    `weights`: float32 [labels], 1/n, or 0 for padding. The padding at the end forms sequences of its own, so that
+    attention defines every position. A bucket that is too small is a `ValueError`.
     """
     ids, masks = zip(*(cache.row(i) for i in numbers))
     size, labels, sequences = bucket
@@ -111,7 +112,7 @@ def collate_packed(
 
 # %% ../../../nbs/train/engine/03_packing.ipynb #8f822216
 class RandomSequences:
-    "Sequences of random tokens; the first share of each carries loss. The same number always gives the same sequence."
+    "Sequences of random tokens; the first share of each has labels. The same number always gives the same sequence."
     def __init__(self,
         lengths: list,      # tokens per sequence
         share: float,       # of each sequence's tokens that are learned, its first left out

@@ -19,7 +19,7 @@ from .ops.device import current_port
 def label_positions(
     labels,             # int64 [sequences, length], -100 where nothing is learned
 ) -> tuple:             # `(sequences, positions)`, int64 [n]: the hidden state there predicts the label one position further
-    "Where the next token carries loss. A sequence's first token has nothing before it and is never learned."
+    "Where the next token has labels. A sequence's first token has nothing before it and is never learned."
     return (labels[:, 1:] != -100).nonzero(as_tuple=True)
 
 # %% ../../../nbs/train/engine/02_padded.ipynb #f3d8cdbb
@@ -72,7 +72,7 @@ def precision(
 # %% ../../../nbs/train/engine/02_padded.ipynb #3f6ca125
 @dataclass
 class LabelBatch:
-    "A batch where the model is, with the positions that carry loss."
+    "A batch where the model is, with the positions that have labels."
     input_ids: object       # int64 [sequences, length]
     sequences: object       # int64 [n]; hidden states at [sequences, positions] predict the targets
     positions: object       # int64 [n]

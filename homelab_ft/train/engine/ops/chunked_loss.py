@@ -46,7 +46,7 @@ def add_head_gradient(
 class ChunkedLoss(torch.autograd.Function):
     "Loss of hidden states; gradients are computed in the forward pass and scaled in the backward pass. Call `chunked_loss`."
     @staticmethod
-    def forward(ctx, hidden, weight, targets, weights, chunk, smoothing, math, into=None):
+    def forward(ctx, hidden, weight, targets, weights, chunk, smoothing, math, into=None):  # noqa: PLR0913
         "0-d float32 loss; saves the gradient of the hidden states and, if it is trained and `into` is None, of the head."
         w = weight.to(hidden.dtype)
         total = hidden.new_zeros((), dtype=torch.float32)

@@ -55,7 +55,8 @@ if triton:
         return tl.join(high, low)
 
     @triton.jit
-    def _dequantize_kernel(packed, scales, code, scales2, code2, offset, out, n_bytes, n_values,
+    def _dequantize_kernel(  # noqa: PLR0913
+                           packed, scales, code, scales2, code2, offset, out, n_bytes, n_values,
                            BLOCK: tl.constexpr, SIZE: tl.constexpr, NESTED: tl.constexpr):
         "A block of bytes; one scale per `SIZE` values."
         block = tl.program_id(0) * BLOCK
@@ -92,7 +93,7 @@ def dequantize_bitsandbytes(
     dtype,              # of the result
 ) -> Tensor:            # [out, in]
     "The same with bitsandbytes' own kernels, on any device."
-    import bitsandbytes
+    import bitsandbytes  # noqa: F401, registers the operators
     ops = torch.ops.bitsandbytes
     scales, code, *nested = q.constants
     if nested:
@@ -112,9 +113,10 @@ def dequantize(
 # %% ../../../../nbs/train/engine/ops/03_nf4_kernels.ipynb #03f4b909
 if triton:
     @triton.jit
-    def _merge_kernel(packed, scales, code, scales2, code2, offset, a, b, out, n_out, n_in, r,
+    def _merge_kernel(  # noqa: PLR0913
+                      packed, scales, code, scales2, code2, offset, a, b, out, n_out, n_in, r,
                       ROWS: tl.constexpr, BYTES: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr, NESTED: tl.constexpr):
-        "A block of the matrix, dequantized, plus the same block of b a. Every row is whole groups of `SIZE` values, each with one scale, read once."
+        "A block of the matrix, dequantized, plus the same block of b a. Rows are whole groups of `SIZE` values with one scale each."
         GROUPS: tl.constexpr = BYTES * 2 // SIZE
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         block = tl.program_id(1)

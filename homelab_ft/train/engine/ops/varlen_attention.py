@@ -149,7 +149,7 @@ def prefer(
 NAME = 'homelab_ft_varlen'     # under which transformers knows `attend`
 CHANGES_RESULT = ('softcap', 's_aux', 'sinks', 'position_bias', 'indices', 'block_indices')
 
-def attend(
+def attend(  # noqa: PLR0913, transformers calls it so
     module,             # transformers' attention layer
     query: Tensor,      # [1, heads, tokens, d]
     key: Tensor,        # [1, key heads, tokens, d]
