@@ -7,7 +7,8 @@ from hypothesis import given, settings, strategies as st
 from homelab_ft.plan.model_shape import known_shapes, model_shape
 from homelab_ft.plan.memory.padded_step import layer_bytes
 from homelab_ft.plan.memory.estimate import PARTS, estimate
-from homelab_ft.plan.memory.static import METHODS, OPTIMIZER_BYTES, adapter_params, target_linears, weight_bytes
+from homelab_ft.config import METHODS
+from homelab_ft.plan.memory.static import OPTIMIZER_BYTES, adapter_params, target_linears, weight_bytes
 
 HIDDEN, VOCAB, BATCH, LENGTH, RANK = 256, 512, 3, 64, 8
 SIZES = dict(hidden_size=HIDDEN, intermediate_size=704, num_attention_heads=8, num_key_value_heads=2, head_dim=32, pad_token_id=0)

@@ -66,7 +66,7 @@ page = re.compile(r'```|<!doctype|<\?|<(?:html|head|script|style|svg|form|input|
 code_word = re.compile(r'\b(?:html5?|css|xml|xhtml|jsx|javascript|typescript|php|markup|dom)\b', re.I)
 
 def is_about_code(
-    example: Example,
+    example: Example,    # its messages are looked at
 ) -> bool:
     "True if tags may belong to the content."
     for message in example.messages:
@@ -77,7 +77,7 @@ def is_about_code(
 
 # %% ../../nbs/data/03_clean.ipynb #f6c43814
 def repair_example(
-    example: Example,
+    example: Example,    # its messages are looked at
     repair,          # text -> text
 ) -> Example:        # the same object if nothing changed
     "The example with every message repaired."
@@ -89,7 +89,7 @@ def repair_example(
 
 # %% ../../nbs/data/03_clean.ipynb #d3904c81
 def is_blank(
-    example: Example,
+    example: Example,    # its messages are looked at
 ) -> bool:
     "True if an answer is blank, or everything before it but the system prompt; plain text has nothing before it."
     if not example.answer.strip(): return True

@@ -197,7 +197,7 @@ class Tokenized:
 
 # %% ../../nbs/data/07_tokenize.ipynb #c87da6a0
 def conversations_of(
-    example: Example,
+    example: Example,    # its messages are looked at
 ) -> list:               # of message lists
     "The messages of an example; of preferences also those with the rejected answer."
     if example.rejected is None: return [example.messages]

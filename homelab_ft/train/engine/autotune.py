@@ -69,7 +69,7 @@ def limit_bytes(
     return memory_budget.memory_limit(step.options.margin, step.options.reserved_bytes)
 
 def gradient_bytes(
-    step: PackedStep,
+    step: PackedStep,    # its trained parameters count
 ) -> int:
     "What the gradients of all trained parameters take."
     return sum(p.nbytes for p in step.parameters)
