@@ -1,14 +1,21 @@
-"Every notebook runs from its first cell to its last: the same as `nbdev_test`, side by side with the other tests."
+"""Every notebook runs from its first cell to its last: the same as `nbdev_test`, side by side with the other tests.
+
+Each runs in a process of its own, since notebooks define operators, classes and settings of libraries anew. The processes are
+forks of a server that has imported the large libraries once.
+"""
+import io
+from contextlib import redirect_stderr
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
-from nbdev.test import test_nb as run_notebook
 
-run_notebook.__test__ = False
 ROOT = Path(__file__).resolve().parent.parent
-LONGEST_FIRST = ('first_finetune', 'pipeline', 'cli')
+LONGEST_FIRST = ('parity', 'pipeline', 'compare', 'launcher')
+forks = get_context('forkserver')
+forks.set_forkserver_preload(['nbdev.test', 'torch', 'transformers', 'peft', 'bitsandbytes', 'fastcore.test', 'matplotlib.pyplot'])
 
 
 def notebooks():
@@ -17,7 +24,21 @@ def notebooks():
     return sorted(paths, key=lambda p: not any(name in p.stem for name in LONGEST_FIRST))
 
 
+def run_notebook(path, skip_flags, pipe):
+    "Run one notebook; what went wrong goes into the pipe."
+    from nbdev.test import test_nb
+    with redirect_stderr(io.StringIO()) as errors:
+        passed, _ = test_nb(path, skip_flags=skip_flags, basepath=ROOT)
+    pipe.send('' if passed else errors.getvalue() or 'failed without a message')
+
+
 @pytest.mark.parametrize('path', notebooks(), ids=str)
-def test_notebook(path, capfd):
-    passed, seconds = run_notebook(ROOT / path, skip_flags=get_config(path=ROOT).tst_flags.split(), basepath=ROOT)
-    assert passed, capfd.readouterr().err
+def test_notebook(path):
+    receiver, sender = forks.Pipe(duplex=False)
+    process = forks.Process(target=run_notebook, args=(ROOT / path, get_config(path=ROOT).tst_flags.split(), sender))
+    process.start()
+    sender.close()
+    try: error = receiver.recv()
+    except EOFError: error = 'the process ended before the notebook did'
+    process.join()
+    assert not error, error

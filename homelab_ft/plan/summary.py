@@ -30,7 +30,7 @@ def plan_text(
     limit: int,              # memory of the GPU in bytes
 ) -> str:
     "An estimate in full."
-    return '\n\n'.join([str(estimate_table(est)), verdict(est, limit), describe_plan_step(est)])
+    return '\n\n'.join([verdict(est, limit), str(estimate_table(est)), describe_plan_step(est)])
 
 # %% ../../nbs/plan/09_summary.ipynb #c323659f
 def plan_json(

@@ -11,7 +11,7 @@ __all__ = ['PARTS', 'PART_COLORS', 'PART_LABELS', 'MemoryEstimate', 'estimate_ta
 # %% ../../../nbs/plan/memory/07_estimate.ipynb #7fd917d6
 from dataclasses import dataclass
 
-from ...core import ConfigError, fmt_gib
+from ...core import GiB, ConfigError, fmt_gib
 from ...config import METHODS, RunConfig
 from ...table import Table
 from ...train.engine.ops.checkpoint_policy import POLICIES, choose_policies
@@ -85,13 +85,14 @@ class MemoryEstimate:
 def estimate_table(
     est: MemoryEstimate,   # the estimate
 ) -> Table:
-    "One row per phase, one column per part, the peak marked."
-    rows = []
-    for name, parts in est.phases.items():
-        title = f'{name} ← peak' if name == est.phase else name
-        cells = [fmt_gib(parts[part]) if parts[part] else '' for part in PARTS]
-        rows.append([title, *cells, fmt_gib(sum(parts.values()))])
-    return Table(['phase', *PART_LABELS.values(), 'process'], rows)
+    "One row per part, one column per phase, in GiB, the peak marked; fits 80 characters."
+    def cells(values): return [f'{value / GiB:.2f}' if value else '' for value in values]
+
+    headers = [f'{name} ← peak' if name == est.phase else name for name in est.phases]
+    phases = est.phases.values()
+    rows = [[part.replace('logits_loss', 'logits + loss'), *cells(parts[part] for parts in phases)] for part in PARTS]
+    total = ['process', *cells(sum(parts.values()) for parts in phases)]
+    return Table(['GiB', *headers], [*rows, total])
 
 # %% ../../../nbs/plan/memory/07_estimate.ipynb #10116e03
 def check_policies(
