@@ -110,31 +110,25 @@ def plan(
     args,                # parsed arguments
 ) -> int:                # exit code
     "Predict memory, and with --pilot time, energy and cost; exit code 3 if it does not fit."
-    from homelab_ft.plan.autoconfigure import autoconfigure
-    from homelab_ft.plan.memory.estimate import estimate_for
-    from homelab_ft.plan.memory.overhead import overhead_offset_for
-    from homelab_ft.plan.model_shape import model_shape
+    from homelab_ft.api import plan_config
     from homelab_ft.plan.search import plan_target
     from homelab_ft.plan.summary import plan_json, plan_text
-    config = read_settings(args)
-    target = plan_target(args.gpu, args.gib)
-    limit, about = target.limit, list(target.facts)
-    if config.device == 'auto': config.device = target.device
-    if args.fit: return print_fit(config, target.gpu or limit)
-    offset = overhead_offset_for(target.name)
-    config, choice = autoconfigure(config, None, limit, offset)
+    config, target = read_settings(args), plan_target(args.gpu, args.gib)
+    if args.fit: return print_fit(config, target.gpu or target.limit)
+    planned = plan_config(config, target)
+    config, est, offset = planned.config, planned.estimate, planned.overhead_offset
     if args.probe: return run_probe(config)
+    about = list(target.facts)
     if offset: about.append(f'Corrected by a probe of this GPU: {offset / 2**20:+.0f} MiB.')
-    if choice: about.append(f'Chosen, as a run would: {choice}')
-    est = estimate_for(config, model_shape(config.model), limit_bytes=limit, overhead_offset=offset)
+    if planned.choice: about.append(f'Chosen, as a run would: {planned.choice}')
     padded_dora = config.use_dora and est.step == 'padded' and not args.json
-    if args.trace or padded_dora: return print_trace(config, limit, about, offset)
-    if args.json: print(plan_json(config, target.name, limit, est))
-    else: print(*about, plan_text(est, limit), sep='\n\n')
+    if args.trace or padded_dora: return print_trace(config, target.limit, about, offset)
+    if args.json: print(plan_json(config, target.name, target.limit, est))
+    else: print(*about, plan_text(est, target.limit), sep='\n\n')
     if args.pilot:
         from homelab_ft.pipeline import project_from_first_steps
         print(f'\n{project_from_first_steps(config)}')
-    return 0 if est.fits(limit) else 3
+    return 0 if planned.fits else 3
 
 # %% ../nbs/06_cli.ipynb #8e2fd519
 def data(

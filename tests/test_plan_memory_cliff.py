@@ -140,3 +140,5 @@ def test_what_ran_is_what_todays_plan_says(cliff):
     assert sum(r['agrees'] is True for r in today) >= 32 and not any(r['agrees'] is False for r in today)
     assert all((r['share'] < 1) == (r['outcome'] == 'trained') for r in today)       # also where the verdict is too close to call
     assert all(abs(a['share'] - b['share']) < 0.04 for a, b in zip(rows, today))
+    assert all((r['share'] < 1) == (r['outcome'] == 'trained') for r in today)
+    assert all(abs(a['share'] - b['share']) < 0.04 for a, b in zip(rows, today))

@@ -178,7 +178,7 @@ def earlier_turns(
     text: str,       # a rendering that goes on from it
     tok,             # tokenizer
 ) -> list:           # `[(start, end), ...]`, positions in `text`
-    "The assistant's turns in `messages` that stand in `text` just as they were produced."
+    "The assistant's turns in `messages` that are in `text` just as they were produced."
     turns = []
     for i, message in enumerate(messages):
         if message['role'] != 'assistant' or i == 0: continue
