@@ -245,11 +245,6 @@ def metric_results(
     gain = paired_bootstrap(base.nll, fine_tuned.nll, base.tokens, **resampling)
     results = [MetricResult('NLL per token', *per_token, n, **asdict(gain))]
     results.append(MetricResult('perplexity', *[perplexity(s.nll, s.tokens) for s in both], n))
-    if data.labels:
-        true = [e.label for e in data.examples]
-        f1 = [macro_f1(true, s.classes) for s in both]
-        gain = f1[1] - f1[0]
-        results.append(MetricResult('macro-F1', *f1, n, percent=True, gain=gain))
     if data.pairs:
         base.correct['reward accuracy'] = np.full(n, 0.5)
         fine_tuned.correct['reward accuracy'] = reward_accuracy(base.pair_logprobs, fine_tuned.pair_logprobs)
@@ -257,6 +252,10 @@ def metric_results(
         right = np.array([base.correct[name], right], dtype=float)
         gain = paired_bootstrap(*(1 - right), np.ones(right.shape[1]), **resampling)
         results.append(MetricResult(name, *right.mean(1).tolist(), right.shape[1], percent=True, **asdict(gain)))
+        if name == 'accuracy':
+            true = [e.label for e in data.examples]
+            f1 = [macro_f1(true, s.classes) for s in both]
+            results.append(MetricResult('macro-F1', *f1, n, percent=True, gain=f1[1] - f1[0]))
     if config.objective == 'dpo' and data.pairs: return results[-2:] + results[:-2]
     return results
 
