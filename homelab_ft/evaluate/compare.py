@@ -252,7 +252,7 @@ def metric_results(
         right = np.array([base.correct[name], right], dtype=float)
         gain = paired_bootstrap(*(1 - right), np.ones(right.shape[1]), **resampling)
         results.append(MetricResult(name, *right.mean(1).tolist(), right.shape[1], percent=True, **asdict(gain)))
-        if name == 'accuracy':
+        if name == 'accuracy' and data.labels:
             true = [e.label for e in data.examples]
             f1 = [macro_f1(true, s.classes) for s in both]
             results.append(MetricResult('macro-F1', *f1, n, percent=True, gain=f1[1] - f1[0]))
