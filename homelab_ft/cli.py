@@ -200,15 +200,16 @@ def control(
 
 # %% ../nbs/06_cli.ipynb #3408b928
 EPILOG = """\
-stages:  plan -> data -> train -> eval -> merge -> chat; `run` does all of them, `quickstart` all of them on sample data.
+stages:  plan -> data -> train -> eval -> merge -> chat
+  `run` does all of them, `quickstart` all of them on sample data
 examples:
   homelab-ft quickstart
-  homelab-ft run --data tickets.csv --model ./Llama-3.2-1B-Instruct --set method=qlora
-  homelab-ft plan --model ./Llama-3.2-1B-Instruct --gpu 4090 --set max_length=2048
+  homelab-ft run --data tickets.csv --model ./Llama-3.2-1B --set method=qlora
+  homelab-ft plan --model Llama-3.2-1B --gpu 4090 --set max_length=2048
   homelab-ft train --resume runs/2026-01-31_18-00-00
 exit codes:
-  0 done; 1 an error of the program; 2 something to correct (the message says what and how);
-  3 a plan that does not fit; 130 stopped with Ctrl-C"""
+  0 done; 1 an error of the program; 3 a plan that does not fit
+  2 something to correct (the message says what and how); 130 Ctrl-C"""
 
 def add_command(
     commands,            # argparse sub-parsers

@@ -21,6 +21,13 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope='module')
+def toy_model(tmp_path_factory):
+    "Folder of a Llama of toy size."
+    from toy_runs import save_toy_model
+    return save_toy_model(tmp_path_factory.mktemp('model'))
+
+
 def pytest_collection_modifyitems(items):
     "With xdist, a file's tests stay together, so that what a file prepares is prepared once; each notebook is a group of its own."
     for item in items:

@@ -1,47 +1,22 @@
 "train.base_model: 8-bit gradients, and what cannot be is refused before weights are loaded."
 import importlib.util
 
-import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
+from toy_runs import new_run
 from homelab_ft.config import dump_config, make_config
 from homelab_ft.core import ConfigError, HardwareError
-from homelab_ft.data.tokenize import make_cache, save_cache
 from homelab_ft.train import trainer as training
 from homelab_ft.train.base_model import load_base, validate_method
-from homelab_ft.train.run_folder import create_run, status
+from homelab_ft.train.run_folder import status
 
-SIZES = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-def rows(n=14, vocab=320, seed=0):
-    draw = np.random.default_rng(seed)
-    return make_cache([(draw.integers(1, vocab, k).tolist(), [0] + [1] * (k - 1)) for k in draw.integers(3, 20, n)], range(n))
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp('model')
-    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(path)
-    return str(path)
-
-
-def new_run(tmp_path, folder, name, **settings):
-    config = make_config(**dict(model=folder, run_name=name, device='cpu', lora_r=4, learning_rate=1e-2, per_device_train_batch_size=4, max_length=64, max_steps=10,
-                                eval_steps=5, save_steps=4) | settings)
-    run = create_run(config, tmp_path)
-    run.data_path.mkdir()
-    save_cache(rows(40), run.data_path / 'train.safetensors')
-    save_cache(rows(10, seed=1), run.data_path / 'validation.safetensors')
-    return run
-
-
-def test_parity_of_the_gradient_through_8_bit_weights_with_their_dense_values(folder):
-    eight = load_base(folder, 'int8')
+def test_parity_of_the_gradient_through_8_bit_weights_with_their_dense_values(toy_model):
+    eight = load_base(toy_model, 'int8')
     layer = eight.model.layers[0].mlp.down_proj
     x, dy = torch.randn(50, layer.in_features, requires_grad=True), torch.randn(50, layer.out_features)
     y = layer(x)
@@ -59,21 +34,21 @@ def refused_before_weights(run, monkeypatch, error, words):
 
 
 @pytest.mark.parametrize('settings', [dict(cuda_graph=True), dict(optim='paged_adamw_8bit')], ids=str)
-def test_what_needs_a_gpu_is_refused_without_one(tmp_path, folder, monkeypatch, settings):
-    refused_before_weights(new_run(tmp_path, folder, 'no', **settings), monkeypatch, HardwareError, 'needs a GPU')
+def test_what_needs_a_gpu_is_refused_without_one(tmp_path, toy_model, monkeypatch, settings):
+    refused_before_weights(new_run(tmp_path, toy_model, 'no', **settings), monkeypatch, HardwareError, 'needs a GPU')
 
 
 @pytest.mark.parametrize('settings', [dict(method='qlora'), dict(method='int8'), dict(optim='adamw_8bit')], ids=str)
-def test_without_bitsandbytes_the_message_says_how_to_get_it(tmp_path, folder, monkeypatch, settings):
+def test_without_bitsandbytes_the_message_says_how_to_get_it(tmp_path, toy_model, monkeypatch, settings):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *a: None if name == 'bitsandbytes' else real(name, *a))
-    refused_before_weights(new_run(tmp_path, folder, 'no', **settings), monkeypatch, ConfigError, 'pip install bitsandbytes')
+    refused_before_weights(new_run(tmp_path, toy_model, 'no', **settings), monkeypatch, ConfigError, 'pip install bitsandbytes')
     if 'method' in settings:
-        with pytest.raises(ConfigError, match='pip install bitsandbytes'): load_base(folder, settings['method'])
+        with pytest.raises(ConfigError, match='pip install bitsandbytes'): load_base(toy_model, settings['method'])
 
 
-def test_unknown_layers_are_refused_before_weights(tmp_path, folder, monkeypatch):
-    refused_before_weights(new_run(tmp_path, folder, 'no', target_modules='q_porj'), monkeypatch, ConfigError, 'did you mean q_proj')
+def test_unknown_layers_are_refused_before_weights(tmp_path, toy_model, monkeypatch):
+    refused_before_weights(new_run(tmp_path, toy_model, 'no', target_modules='q_porj'), monkeypatch, ConfigError, 'did you mean q_proj')
 
 
 @pytest.mark.parametrize('settings, words', [

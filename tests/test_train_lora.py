@@ -2,52 +2,26 @@
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from toy_runs import new_run
 from homelab_ft.config import make_config
-from homelab_ft.data.tokenize import make_cache, save_cache
 from homelab_ft.io import append_jsonl, read_jsonl
 from homelab_ft.train import trainer as training
 from homelab_ft.train.base_model import load_base
 from homelab_ft.train.lora import attach_lora, load_adapter, save_adapter
-from homelab_ft.train.run_folder import create_run
 from homelab_ft.train.schedule import make_optimizer
 
-SIZES = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 IDS = torch.arange(24).reshape(2, 12) + 20
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-def rows(n=14, vocab=320, seed=0):
-    draw = np.random.default_rng(seed)
-    return make_cache([(draw.integers(1, vocab, k).tolist(), [0] + [1] * (k - 1)) for k in draw.integers(3, 20, n)], range(n))
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp('model')
-    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(path)
-    return str(path)
-
-
-def new_run(tmp_path, folder, name, **settings):
-    config = make_config(**dict(model=folder, run_name=name, device='cpu', lora_r=4, learning_rate=1e-2, per_device_train_batch_size=4, max_length=64, max_steps=10,
-                                eval_steps=5, save_steps=4) | settings)
-    run = create_run(config, tmp_path)
-    run.data_path.mkdir()
-    save_cache(rows(40), run.data_path / 'train.safetensors')
-    save_cache(rows(10, seed=1), run.data_path / 'validation.safetensors')
-    return run
-
-
 def losses(run): return [r['loss'] for r in read_jsonl(run.metrics_path)]
 
 
-def test_lora_plus_moves_b_sixteen_times_as_far(folder):
+def test_lora_plus_moves_b_sixteen_times_as_far(toy_model):
     def moved(ratio):
-        model = attach_lora(load_base(folder), make_config(lora_r=4))
+        model = attach_lora(load_base(toy_model), make_config(lora_r=4))
         optimizer = make_optimizer(model, make_config(loraplus_lr_ratio=ratio))
         for g in optimizer.param_groups: g['lr'] = 1e-3 * g['lr_ratio']
         model(input_ids=IDS, labels=IDS).loss.backward()
@@ -56,8 +30,8 @@ def test_lora_plus_moves_b_sixteen_times_as_far(folder):
     assert moved(16.) == pytest.approx(16 * moved(1.), rel=1e-3) and moved(1.) == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_a_checkpoint_from_before_lora_plus_can_be_continued(tmp_path, folder):
-    run = new_run(tmp_path, folder, 'old')
+def test_a_checkpoint_from_before_lora_plus_can_be_continued(tmp_path, toy_model):
+    run = new_run(tmp_path, toy_model, 'old')
     append_jsonl(run.control_path, {'command': 'stop', 'value': None})
     training.train(run)
     path = next(run.checkpoints_path.glob('step-*')) / 'optimizer.pt'
@@ -75,15 +49,15 @@ VARIANTS = {'lora': {}, 'rslora': dict(use_rslora=True), 'dora': dict(use_dora=T
 RESUMED = ('lora', 'dora in 4 bits', 'lora plus')
 
 
-def test_every_variant_trains_to_something_else_and_can_be_continued(tmp_path, folder):
+def test_every_variant_trains_to_something_else_and_can_be_continued(tmp_path, toy_model):
     found = {}
     for name, settings in VARIANTS.items():
-        straight = new_run(tmp_path, folder, f'{name}-straight'.replace(' ', '-'), lora_dropout=0.1, **settings)
+        straight = new_run(tmp_path, toy_model, f'{name}-straight'.replace(' ', '-'), lora_dropout=0.1, **settings)
         assert training.train(straight).state == 'finished'
         found[name] = losses(straight)
         assert found[name][-1] < found[name][0], name
         if name not in RESUMED: continue
-        part = new_run(tmp_path, folder, f'{name}-part'.replace(' ', '-'), lora_dropout=0.1, **settings)
+        part = new_run(tmp_path, toy_model, f'{name}-part'.replace(' ', '-'), lora_dropout=0.1, **settings)
         append_jsonl(part.control_path, {'command': 'stop', 'value': None})
         assert training.train(part).state == 'stopped' and training.train(part, resume=True).state == 'finished'
         np.testing.assert_allclose(losses(part), losses(straight), atol=1e-6)
@@ -92,18 +66,18 @@ def test_every_variant_trains_to_something_else_and_can_be_continued(tmp_path, f
 
 
 @pytest.mark.parametrize('settings', [dict(use_dora=True), dict(use_rslora=True), dict(use_dora=True, method='qlora'), dict(method='int8')], ids=str)
-def test_variants_are_saved_and_loaded_whole(tmp_path, folder, settings):
+def test_variants_are_saved_and_loaded_whole(tmp_path, toy_model, settings):
     config = make_config(lora_r=4, **settings)
-    model = attach_lora(load_base(folder, config.method), config)
+    model = attach_lora(load_base(toy_model, config.method), config)
     for n, p in model.named_parameters():
         if p.requires_grad: p.data += 0.05 * torch.randn_like(p)
     wanted = model.eval()(IDS).logits
     saved = save_adapter(model, tmp_path / 'adapter')
-    torch.testing.assert_close(load_adapter(load_base(folder, config.method), saved)(IDS).logits, wanted)
+    torch.testing.assert_close(load_adapter(load_base(toy_model, config.method), saved)(IDS).logits, wanted)
 
 
 @needs_gpu
 @pytest.mark.parametrize('name', VARIANTS)
-def test_every_variant_trains_on_a_gpu(tmp_path, folder, name):
-    run = new_run(tmp_path, folder, 'gpu', device='auto', optim='paged_adamw_32bit', **VARIANTS[name])
+def test_every_variant_trains_on_a_gpu(tmp_path, toy_model, name):
+    run = new_run(tmp_path, toy_model, 'gpu', device='auto', optim='paged_adamw_32bit', **VARIANTS[name])
     assert training.train(run).state == 'finished' and losses(run)[-1] < losses(run)[0]
