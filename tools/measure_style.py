@@ -16,8 +16,6 @@ AIMS = {
     'private functions, %': 30.0,
     'exported cells without prose, %': 25.0,
 }
-TOKENS_BEFORE = 107_098      # of the package before its rewrite
-AIMS['tokens of the package'] = 0.94 * TOKENS_BEFORE
 CODE = (tokenize.NAME, tokenize.OP, tokenize.NUMBER)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -109,11 +107,13 @@ def main(arguments):
     wanted = [a.strip('/') for a in arguments]
     modules, notebooks = select(ROOT / PACKAGE, '*.py', wanted), select(ROOT / 'nbs', '*.ipynb', wanted)
     figures, lines = measure(modules, notebooks)
-    for name, value in figures.items(): print(f'{name:32} {value:10,.1f}   aim: at most {AIMS[name]:,.0f}')
+    for name, value in figures.items():
+        aim = f'aim: at most {AIMS[name]:,.0f}' if name in AIMS else 'no aim: it grows with what the package does'
+        print(f'{name:32} {value:10,.1f}   {aim}')
     longest = sorted(lines, key=lambda line: -line.length)[:20 if wanted else 5]
     for line in longest:
         if line.length > 120: print(f'  {line.path.relative_to(ROOT)}:{line.number} has {line.length} characters')
-    missed = [name for name, value in figures.items() if value > AIMS[name]]
+    missed = [name for name, aim in AIMS.items() if figures[name] > aim]
     if wanted: return 0
     print('aims missed: ' + (', '.join(missed) or 'none'))
     return int(bool(missed))
