@@ -177,7 +177,7 @@ def make_search(
     margin: float = 0.05,    # share of the memory to leave free
     **settings,              # not to be changed: of `BATCH_SETTINGS`, or fields of `EstimateSpec`
 ) -> SearchSpec:
-    "The search for settings; `ConfigError` for what cannot be, `ModelError` for a mixture of experts."
+    "The search for settings; `ConfigError` for what cannot be."
     target = plan_target(where) if isinstance(where, (str, Gpu)) else PlanTarget('', where)
     check_limit(target.limit, margin)
     settings = {k: v for k, v in settings.items() if str(v) != 'auto'}

@@ -125,7 +125,7 @@ def resolve(
     shape: ModelShape,      # from `model_shape`
     spec: EstimateSpec,     # the settings
 ) -> StepContext:
-    "What follows from both; `ConfigError` for what cannot be, `ModelError` for a mixture of experts."
+    "What follows from both; `ConfigError` for what cannot be."
     check_length(shape, spec.length)
     targets = {} if spec.method == 'full' else target_linears(shape, spec.target_modules)
     matrices = trained_matrices(shape, targets, spec.lora_r, spec.use_dora)
@@ -164,7 +164,7 @@ def estimate(
     spec: EstimateSpec = None,   # the settings; None: the defaults
     **changes,                   # fields of `EstimateSpec` with other values
 ) -> MemoryEstimate:
-    "Memory of a run as the maximum over its phases; `ConfigError` for what cannot be, `ModelError` for a mixture of experts."
+    "Memory of a run as the maximum over its phases; `ConfigError` for what cannot be."
     spec = make_spec(spec, **changes)
     ctx = resolve(shape, spec)
     optim = spec.optim.removeprefix('paged_') if spec.arch == 'cpu' else spec.optim
