@@ -176,7 +176,11 @@ def unsupported_reason(
     model,              # causal language model, with or without peft around it
 ) -> str:               # empty if there are layers in a list, and a plain output head behind them
     "What a model has instead of layers and output head as usual."
-    if decoder_layers(model) is None: return f'{type(unwrap_peft(model)).__name__} has no list of layers'
+    layers = decoder_layers(model)
+    if layers is None: return f'{type(unwrap_peft(model)).__name__} has no list of layers'
+    if len({type(layer) for layer in layers}) > 1: return 'its layers are of several kinds'
+    if any(not hasattr(layer, 'mlp') for layer in layers): return 'its layers have no part named mlp'
+    if any(hasattr(layer.mlp, 'experts') for layer in layers): return 'a mixture of experts'
     if softcap(model) is not None or full_logits_reason(model): return 'its logits are more than output head times hidden states'
     _, head = decoder_and_head(model)
     plain = type(head).__name__ == 'Linear' and head.bias is None
