@@ -1,14 +1,13 @@
 """The notebooks as the site shows them: python tools/site_notebooks.py
 
-nbdev processes them into _proc/ (API documentation, links to names, hidden cells). Then two things are mended that it leaves
-raw on a page: signatures, which get a line per parameter and no Markdown inside code, and widgets, which become pictures.
-Quarto and tools/docs_preview.py both render what stands in _proc/ afterwards.
+nbdev processes them into _proc/ (API documentation, links to names, hidden cells). Then signatures get a line per parameter
+with its comment, without the Markdown links that nbdev leaves inside code. Quarto and tools/docs_preview.py both render what
+stands in _proc/ afterwards.
 """
 import ast, importlib, inspect, io, json, os, re, shutil, textwrap, tokenize
 from typing import Annotated, get_args, get_origin
 
-from check_repo import ROOT, is_picture
-from drop_bars import STATE, VIEW
+from check_repo import PACKAGE, ROOT
 from notebook_text import fence, join
 
 _shown = re.compile(r'^show_doc\((\w+(?:\.\w+)*)\)', re.M)
@@ -82,26 +81,6 @@ def mend_signature(cell, module):
         if text: output['data']['text/markdown'] = _definition.sub(lambda m: code, text, count=1)
 
 
-# ---------------------------------------------------------------- widgets
-
-
-def mend_outputs(cell):
-    "A cell whose widgets are the pictures that they bring along."
-    for output in cell['outputs']:
-        data = output.get('data', {})
-        if VIEW in data and is_picture(data): del data[VIEW]
-
-
-def mend(notebook, module):
-    "A processed notebook as a page shows it."
-    for cell in notebook['cells']:
-        if cell['cell_type'] != 'code': continue
-        mend_outputs(cell)
-        if module: mend_signature(cell, f'homelab_ft.{module}')
-    notebook['metadata'].get('widgets', {}).pop(STATE, None)
-    return notebook
-
-
 # ---------------------------------------------------------------- all notebooks
 
 
@@ -115,7 +94,9 @@ def process_notebooks():
     for path in sorted(proc.rglob('*.ipynb')):
         source = (ROOT / 'nbs' / path.relative_to(proc)).read_text(encoding='utf-8')
         modules = [m[1] for c in json.loads(source)['cells'] if (m := _module.search(join(c['source'])))]
-        notebook = mend(json.loads(path.read_text(encoding='utf-8')), modules[0] if modules else None)
+        notebook = json.loads(path.read_text(encoding='utf-8'))
+        for cell in notebook['cells'] if modules else []:
+            if cell['cell_type'] == 'code': mend_signature(cell, f'{PACKAGE}.{modules[0]}')
         path.write_text(json.dumps(notebook, ensure_ascii=False), encoding='utf-8')
     return proc
 
