@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['OTHER_TASKS', 'RECURRENT', 'model_config', 'on_meta', 'check_causal_lm', 'find_layers', 'is_linear', 'LayerCount',
-           'count_layer', 'read_sizes', 'active_experts', 'total_counts', 'generic_shape']
+           'count_layer', 'read_sizes', 'active_experts', 'total_counts', 'generic_shape', 'count_model']
 
 # %% ../../nbs/plan/04_generic_shape.ipynb #f0354e1c
+import json
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from ..core import ModelError
 from .model_shape import ModelShape, NoFormulaError, check_sizes
@@ -199,8 +201,16 @@ def total_counts(
 def generic_shape(
     config: dict,        # content of `config.json`
 ) -> ModelShape:
-    "Sizes counted from the model's class; `ModelError` for what cannot train, `NoFormulaError` where nothing can be counted."
+    "Sizes counted from the model's class, once; `ModelError` for what cannot train, `NoFormulaError` where nothing can be counted."
+    return count_model(json.dumps(config, sort_keys=True))
+
+@lru_cache(maxsize=32)
+def count_model(
+    text: str,           # a configuration as JSON
+) -> ModelShape:
+    "The work of `generic_shape`."
     import torch
+    config = json.loads(text)
     found = check_causal_lm(config)
     try: model = on_meta(found, torch.bfloat16)
     except Exception as e:

@@ -79,10 +79,23 @@ class ModelShape:
 
     @property
     def mlp_width(self) -> int:
-        "Values inside the MLP for one token: in a mixture, those of the experts that it goes to."
-        matrices = sum(i * o for name, (i, o, _) in self.linears.items() if name not in self.attention)
-        dense = matrices // (3 * self.hidden_size)
-        return dense + self.num_experts_used * self.expert_size
+        "Width inside the MLP for one token: in a mixture, of the experts that it goes to."
+        into, back = self.mlp_sizes
+        return max(back, into // 2) + self.num_experts_used * self.expert_size
+
+    @property
+    def mlp_kept(self) -> int:
+        "Values that the MLP keeps for one token: gate, its activation and up; without a gate, one of the three."
+        into, back = self.mlp_sizes
+        gated = into >= 2 * back
+        return into + back * gated + 3 * self.num_experts_used * self.expert_size
+
+    @property
+    def mlp_sizes(self) -> tuple:    # (outputs of matrices that read the residual stream, inputs of those that lead back)
+        "The width of the MLP's two sides, without experts."
+        sizes = [(i, o) for name, (i, o, _) in self.linears.items() if name not in self.attention]
+        into = sum(o for i, o in sizes if i == self.hidden_size)
+        return into, sum(i for i, o in sizes if o == self.hidden_size)
 
     @property
     def fused_attention(self) -> bool:

@@ -24,8 +24,8 @@ def is_router(
     path: str,              # of a module
 ) -> bool:
     "Whether it chooses experts."
-    name = path.split('.')[-1]
-    return 'router' in path or name in ('gate', 'shared_expert_gate')
+    parts = path.split('.')
+    return 'router' in path or 'gate' in parts or parts[-1] == 'shared_expert_gate'
 
 def adaptable_layers(
     model,                  # a model, with or without weights

@@ -33,14 +33,14 @@ def kept_inputs(
     shared = method != 'full' or b == 4
     return b * sum(dict(inputs).values() if shared else (i for _, i in inputs))
 
-# %% ../../../nbs/plan/memory/03_padded_step.ipynb #b38fe99d
+# %% ../../../nbs/plan/memory/03_padded_step.ipynb #3a2fa2a7
 def expert_bytes(
     shape,               # the model, a `ModelShape`
     b: int,              # bytes per value
 ) -> int:                # bytes per token and layer; 0 for a dense model
     "What a mixture keeps beside the inside of its experts."
     used = shape.num_experts_used
-    return used * (2 * b * shape.hidden_size) + (4 + b) * shape.num_experts
+    return used * b * shape.hidden_size + (4 + b) * shape.num_experts
 
 # %% ../../../nbs/plan/memory/03_padded_step.ipynb #ff43f43e
 def layer_bytes(
@@ -68,7 +68,7 @@ def layer_bytes(
     keys_values = 2 * k + shape.fused_attention * (q + k)
     keys_values = round(repeated * 2 * q + (1 - repeated) * keys_values)
     attention = b * (2 * q + keys_values) + scores
-    mlp = 3 * b * shape.mlp_width + expert_bytes(shape, b)
+    mlp = b * shape.mlp_kept + expert_bytes(shape, b)
     return norms + attention + mlp + kept_inputs(shape, method, b, targets) + b * lora_r * len(targets)
 
 # %% ../../../nbs/plan/memory/03_padded_step.ipynb #a6a03c7c
