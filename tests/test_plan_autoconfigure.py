@@ -155,7 +155,7 @@ def test_the_gpu_of_this_machine_is_used(monkeypatch, tmp_path):
     config = make_config(model='Llama-3.1-8B', max_length=2048)
     probes = tmp_path / 'probes.json'
     monkeypatch.setenv('HOMELAB_FT_PROBES', str(probes))
-    def machine(device, gib, name): return lambda: SimpleNamespace(device=device, total_bytes=gib * GiB, gpu_name=name, cpu_name='Example CPU')
+    def machine(device, gib, name): return lambda: SimpleNamespace(device=device, total_bytes=gib * GiB, gpu_name=name, cpu_name='Example CPU', has_bfloat16=True)
     monkeypatch.setattr(search_module, 'detect_machine', machine('cpu', 64, None))
     monkeypatch.setattr(search_module, 'live_gpu', lambda: None)
     assert autoconfigure(config, [2048]) == (config, None)
