@@ -14,11 +14,11 @@ import psutil
 from ..core import RunError
 from ..data.tokenize import load_cache
 from ..hardware.machine import detect_machine
-from .run_folder import (RunFolder, RunStatus, check_start, events, is_locked, list_runs, log_event, open_run,
+from .run_folder import (RunFolder, RunStatus, check_start, events, is_locked, list_runs, log_event,
                                          status)
 from .schedule import count_sequences, total_steps
 
-# %% ../../nbs/train/09_launcher.ipynb #ea0e994f
+# %% ../../nbs/train/09_launcher.ipynb #811edc45
 TRAINER = 'homelab_ft.train.trainer'
 
 def has_ended(
@@ -28,6 +28,7 @@ def has_ended(
     "Whether nobody trains the run any more."
     if process: return process.poll() is not None
     return status(run).state not in ('new', 'running', 'paused')
+
 def training_device(
     run: RunFolder,         # a run
 ) -> str:                   # 'cuda' or 'cpu'
@@ -130,7 +131,7 @@ def follow(
             if not ended: time.sleep(0.5)
     return check_end(run, process)
 
-# %% ../../nbs/train/09_launcher.ipynb #f29b6a4e
+# %% ../../nbs/train/09_launcher.ipynb #fe9439ff
 async def wait(
     run: RunFolder,         # the run
     process=None,           # from `start`; None: the run's state decides when it has ended
