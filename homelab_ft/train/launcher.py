@@ -14,11 +14,12 @@ import psutil
 from ..core import RunError
 from ..data.tokenize import load_cache
 from ..hardware.machine import detect_machine
+from ..progress import Progress
 from .run_folder import (RunFolder, RunStatus, check_start, events, is_locked, list_runs, log_event,
                                          status)
 from .schedule import count_sequences, total_steps
 
-# %% ../../nbs/train/09_launcher.ipynb #811edc45
+# %% ../../nbs/train/09_launcher.ipynb #fb98668a
 TRAINER = 'homelab_ft.train.trainer'
 
 def has_ended(
@@ -86,8 +87,8 @@ def start(
     log_event(run, 'launched', total_steps=status(run).total_steps or planned_steps(run))
     command = [sys.executable, '-P', '-m', TRAINER, str(run.path.resolve())]
     if resume: command.append('--resume')
-    with open(run.log_path, 'ab') as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+    with open(run.log_path, 'ab') as output:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                                 start_new_session=True, env=ALLOCATOR | os.environ)
 
 # %% ../../nbs/train/09_launcher.ipynb #df70b34c
@@ -115,23 +116,21 @@ def follow(
     process=None,           # from `start`; None: the run's state decides when it has ended
 ) -> RunStatus:             # finished or stopped
     "A progress bar until the training process ends; `RunError` with the end of its log if it failed."
-    from tqdm.auto import tqdm
     n_shown, ended = 0, False
-    with tqdm(desc='loading the model', unit='step', total=status(run).total_steps or None) as bar:
+    with Progress('loading the model', status(run).total_steps or None, unit='steps', remains=True) as bar:
         while not ended:
             ended = has_ended(run, process)
             now, happened = status(run), events(run)
             for event in happened[n_shown:]:
                 message = EVENT_MESSAGES.get(event['event'])
-                if message: bar.write(message.format(**event))
+                if message: bar.say(message.format(**event))
             n_shown = len(happened)
-            bar.total = now.total_steps or None
-            if now.loss is not None: bar.set_description(f'training, loss {now.loss:.3f}', refresh=False)
-            bar.update(now.step - bar.n)
+            title = None if now.loss is None else f'training, loss {now.loss:.3f}'
+            bar.update(now.step - bar.done, title, now.total_steps)
             if not ended: time.sleep(0.5)
     return check_end(run, process)
 
-# %% ../../nbs/train/09_launcher.ipynb #fe9439ff
+# %% ../../nbs/train/09_launcher.ipynb #cc885b73
 async def wait(
     run: RunFolder,         # the run
     process=None,           # from `start`; None: the run's state decides when it has ended
