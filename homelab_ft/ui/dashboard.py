@@ -17,6 +17,7 @@ from ..hardware.gpu import of_limit
 from ..plots import WIDTH, loss_svg
 from ..train.run_folder import (COMMANDS, RunFolder, RunStatus, events, history, list_runs, open_run, run_state, send,
                                          status)
+from .picture_box import PictureBox
 
 # %% ../../nbs/ui/02_dashboard.ipynb #53f3aff1
 STATE_COLORS = dict(running='#008060', paused='#A86400', finished='#0072B2', failed='#C04000', interrupted='#C04000')
@@ -106,7 +107,7 @@ def enabled_commands(
     if state not in ACTIVE_STATES: return set()
     return {'resume' if state == 'paused' else 'pause', 'stop', 'save', 'evaluate', 'learning_rate'}
 
-# %% ../../nbs/ui/02_dashboard.ipynb #e3399ba3
+# %% ../../nbs/ui/02_dashboard.ipynb #d6f7ee1a
 def current_rate(
     happened: list,      # from `events`
     curves: dict,        # from `history`
@@ -120,7 +121,7 @@ def current_rate(
     return rate or default
 
 # %% ../../nbs/ui/02_dashboard.ipynb #0e3e187c
-class Dashboard(W.VBox):
+class Dashboard(PictureBox):
     "The widget: `.view` (HTML), `.buttons` (by command), `.rate` (text box), `.message`; `.close()` stops it."
     def __init__(self,
         run: RunFolder,              # the run to watch
@@ -208,13 +209,8 @@ class Dashboard(W.VBox):
 
     def __repr__(self): return f'dashboard of {self.run.name}: {status(self.run)}'
 
-    def _repr_mimebundle_(self, **kwargs):
-        "The widget, and for pages without a kernel what it shows now."
-        bundle = super()._repr_mimebundle_(**kwargs)
-        return bundle | {'text/html': self.view.value, 'text/plain': repr(self)}
-
-# %% ../../nbs/ui/02_dashboard.ipynb #db619eca
-class RunChooser(W.VBox):
+# %% ../../nbs/ui/02_dashboard.ipynb #938eb416
+class RunChooser(PictureBox):
     "A list of runs, and the dashboard of the chosen one: `.choice` (list), `.board`; `.close()` stops it."
     def __init__(self,
         runs: list,                  # of `RunFolder`; the first is shown
@@ -242,12 +238,7 @@ class RunChooser(W.VBox):
 
     def __repr__(self): return f'{len(self.choice.options)} runs; {self.board!r}'
 
-    def _repr_mimebundle_(self, **kwargs):
-        "The widget, and for pages without a kernel what it shows now."
-        bundle = super()._repr_mimebundle_(**kwargs)
-        return bundle | {'text/html': self.board.view.value, 'text/plain': repr(self)}
-
-# %% ../../nbs/ui/02_dashboard.ipynb #33d3a144
+# %% ../../nbs/ui/02_dashboard.ipynb #40a7595e
 MAX_CHOICES = 50             # runs in the list
 
 def dashboard(
