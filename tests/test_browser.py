@@ -20,7 +20,7 @@ import pytest
 from homelab_ft.train.run_folder import events, list_runs, send, status
 
 ROOT = Path(__file__).resolve().parent.parent
-CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'google-chrome', 'chromium-browser'))), None)
 SECONDS = 180                    # for any one thing to happen, on a busy machine
 STEPS = 100_000                  # the training lasts until somebody stops it
 SETTINGS = {
@@ -40,7 +40,8 @@ def tutorial(folder):
     for cell in notebook['cells']:
         if cell['cell_type'] == 'code': cell['outputs'] = []
     settings, = [c for c in notebook['cells'] if 'num_train_epochs=2' in ''.join(c['source'])]
-    settings['source'] = ''.join(settings['source']).replace('num_train_epochs=2', f'max_steps={STEPS}, save_steps=200')
+    source = ''.join(settings['source']).replace('num_train_epochs=2', f'max_steps={STEPS}, save_steps=200')
+    settings['source'] = source.replace('train_batch_size=16', 'train_batch_size=4')      # short steps
     attach = 'from homelab_ft.ui.dashboard import dashboard\ndashboard()'
     notebook['cells'].append(dict(cell_type='code', id='attach', metadata={}, source=attach, outputs=[], execution_count=None))
     (folder / 'tutorial.ipynb').write_text(json.dumps(notebook))
