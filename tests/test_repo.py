@@ -26,7 +26,7 @@ def complains(complaints, *words):
 def results(): return repo.check_all(ROOT)
 
 
-@pytest.mark.parametrize('check', ['directives', 'titles', 'outputs', 'imports', 'parameters', 'sizes', 'site', 'dependencies', 'stray'])
+@pytest.mark.parametrize('check', ['directives', 'titles', 'outputs', 'imports', 'loading', 'parameters', 'sizes', 'site', 'dependencies', 'stray'])
 def test_repo_is_in_order(results, check):
     assert not results[check], '\n' + '\n'.join(results[check])
 
@@ -92,6 +92,26 @@ def test_hidden_imports_are_found():
     complains(repo.check_strings(upwards), 'stands above it')
     downwards = {'homelab_ft.cli': 'command = ["python", "-m", "homelab_ft.plan.probe"]'}
     assert repo.check_strings(downwards) == []
+
+
+@pytest.mark.parametrize('source, words', [
+    ('AutoTokenizer.from_pretrained(p)', 'AutoTokenizer.from_pretrained, line 1, lacks trust_remote_code=False'),
+    ('AutoConfig.from_pretrained(p, trust_remote_code=True)', 'lacks trust_remote_code=False'),
+    ('AutoConfig.from_pretrained(p, **options)', 'lacks trust_remote_code=False'),
+    ('type(m).from_pretrained(p, trust_remote_code=False)', 'lacks use_safetensors=True'),
+    ('AutoModelForCausalLM.from_config(c)', 'lacks trust_remote_code=False'), ('load_dataset(p)', 'lacks trust_remote_code=False'),
+    ('torch.load(p)', 'lacks weights_only=True'), ('pickle.load(f)', 'reads a pickle')])
+def test_loading_that_could_run_code_is_found(source, words):
+    complains(repo.check_loading({'homelab_ft.train.lora': source}), words)
+
+
+def test_loading_that_is_safe():
+    safe = """AutoTokenizer.from_pretrained(p, trust_remote_code=False)
+PeftModel.from_pretrained(m, p)
+EstimateSpec.from_config(c)
+M.from_pretrained(p, trust_remote_code=False, use_safetensors=True)
+torch.load(p, weights_only=True)"""
+    assert repo.check_loading({'homelab_ft.train.lora': safe}) == []
 
 
 @pytest.mark.parametrize('source, word', [
