@@ -65,7 +65,7 @@ class DatasetFormat:
     def __str__(self): return str(self.table())
     def _repr_markdown_(self): return self.table()._repr_markdown_()
 
-# %% ../../nbs/data/02_formats.ipynb #2f06d6a7
+# %% ../../nbs/data/02_formats.ipynb #263034a1
 def what_is_learned(
     f: DatasetFormat,      # what the columns mean
     objective: str = 'sft' # or `dpo`
@@ -84,7 +84,7 @@ def what_is_learned(
     learned = f'learns {answer} from {quoted([f.prompt_column, f.input_column, f.messages_column])}'
     return f'{learned} where `{f.label_column}` is true' if f.kind == 'kto' else learned
 
-# %% ../../nbs/data/02_formats.ipynb #6b3757cd
+# %% ../../nbs/data/02_formats.ipynb #8e66708c
 @lru_cache(1)
 def column_words() -> dict:    # meaning -> (words, endings of compounds)
     "The content of `column_names.yaml`."
@@ -116,7 +116,7 @@ def word_means(
     singulars = [word[:-len(ending)] for ending in ('s', 'n', 'es', 'en') if word.endswith(ending)]
     return word in words or any(single in words for single in singulars) or bool(endings) and word.endswith(endings)
 
-# %% ../../nbs/data/02_formats.ipynb #bf8e5d27
+# %% ../../nbs/data/02_formats.ipynb #c806037f
 PREPOSITIONS = set('to for of about zu auf fur von a au aux de du des del della di da do al alla para per por pour sur'.split())
 
 @dataclass
@@ -178,7 +178,7 @@ def is_conversation(
         except ValueError: return False
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and {'role', 'from'} & set(m) for m in value)
 
-# %% ../../nbs/data/02_formats.ipynb #485c9912
+# %% ../../nbs/data/02_formats.ipynb #dc742440
 DATE, ADDRESS = r'\d{4}-\d\d-\d\d|\d{1,2}[./]\d{1,2}[./]\d{2,4}\b', r'(https?://|www\.)\S+$|\S+@\S+\.\w+$'
 CODE = r'(?=\S*\d)[\w./:#+-]{4,}$'
 no_text = re.compile(f'{DATE}|{ADDRESS}|{CODE}')
@@ -263,7 +263,7 @@ class Columns:
         values = self.values(column)
         return any(isinstance(value, str) for value in values) and not all(map(is_number, values))
 
-# %% ../../nbs/data/02_formats.ipynb #13106beb
+# %% ../../nbs/data/02_formats.ipynb #60c9e2c9
 @dataclass
 class ColumnMeaning:
     "What one column means."
@@ -295,7 +295,7 @@ def meaning_of(
     if repeats and (name.strength < 2 or split_name(column) == ['source']): return ColumnMeaning(column, 'few')
     return ColumnMeaning(column, name.meaning or ('title' if name.label else 'free'), name.strength)
 
-# %% ../../nbs/data/02_formats.ipynb #00eadbc0
+# %% ../../nbs/data/02_formats.ipynb #6da2ebc5
 class ColumnMeanings:
     "All columns with their meanings."
     def __init__(self,
@@ -330,7 +330,7 @@ class ColumnMeanings:
         stands_out = self.columns.length(by_length[0]) >= 4 * self.columns.length(by_length[1])
         return by_length[:1] if stands_out else names
 
-# %% ../../nbs/data/02_formats.ipynb #0316462c
+# %% ../../nbs/data/02_formats.ipynb #7efa384d
 def repeats_both(
     rows: list,          # dicts
     text: str,           # a column
@@ -365,7 +365,7 @@ def prompts_for(
     candidates = candidates or found.named('few', 'maybe_label', without=[answer])
     return [(c, given.get('input_column')) for c in found.longest(candidates)]
 
-# %% ../../nbs/data/02_formats.ipynb #4fcbdab8
+# %% ../../nbs/data/02_formats.ipynb #2e6d0afa
 def answer_columns(
     found: ColumnMeanings,   # of the file
 ) -> list:                   # names
@@ -404,7 +404,7 @@ def answer_readings(
             readings.append(DatasetFormat(this, prompt_column=prompt, input_column=about, completion_column=answer))
     return readings
 
-# %% ../../nbs/data/02_formats.ipynb #e4337086
+# %% ../../nbs/data/02_formats.ipynb #3ad94234
 def without_codes(
     labels: list,            # columns with a class
     columns: Columns,        # of the file
@@ -435,7 +435,7 @@ def class_readings(
         if texts: readings.append(DatasetFormat('classification', text_columns=texts, label_column=label))
     return readings
 
-# %% ../../nbs/data/02_formats.ipynb #b29d607a
+# %% ../../nbs/data/02_formats.ipynb #785f2ca8
 def preference_reading(
     columns: Columns,        # of the file
 ) -> DatasetFormat:          # without a prompt if none is found; None if there are not two answers
@@ -490,7 +490,7 @@ def possible_formats(
     if config.prompt_column or config.completion_column or config.context_column: return ['prompt_completion']
     return list(KINDS)
 
-# %% ../../nbs/data/02_formats.ipynb #6b73e7a2
+# %% ../../nbs/data/02_formats.ipynb #b1b419eb
 def text_reading(
     columns: Columns,    # of the file
 ) -> DatasetFormat:      # None if no column or several could be meant
@@ -515,7 +515,7 @@ def readings_as(
     else: readings = answer_readings(found, kind)
     return [f for f in readings if f]
 
-# %% ../../nbs/data/02_formats.ipynb #504acf4b
+# %% ../../nbs/data/02_formats.ipynb #bb8ad221
 @dataclass
 class Detection:
     "How a file can be read, the likeliest first; `is_certain` if the first is the one."
@@ -569,16 +569,17 @@ def detect(
         return Detection([DatasetFormat('conversational', messages_column=c) for c in messages], len(messages) == 1)
     return detect_by_name(found) or Detection(guesses(found), False)
 
-# %% ../../nbs/data/02_formats.ipynb #3d3b3595
+# %% ../../nbs/data/02_formats.ipynb #ee367fe7
 def options_to_paste(
     readings: list,      # `DatasetFormat`s
     columns: Columns,    # of the file
 ) -> str:
     "The next step of an error about columns: each possible reading as options of the command line."
     if not readings:
-        texts = sorted(columns.texts, key=columns.length, reverse=True)[:2] or columns.names[:2]
-        prompt, answer = (texts + ['QUESTION', 'ANSWER'])[:2] if len(texts) == 2 else (*texts, 'ANSWER')[:2] if texts else ('QUESTION', 'ANSWER')
-        named = set_options({'prompt_column': prompt, 'completion_column': answer})
+        given = {name: columns.named.get(name) for name in ('prompt_column', 'completion_column')}
+        others = [c for c in [*columns.texts, *columns.names, 'QUESTION', 'ANSWER'] if c not in given.values()]
+        others = iter(dict.fromkeys(others))
+        named = set_options({name: column or next(others) for name, column in given.items()})
         other = 'or text_columns and label_column, messages_column, or chosen_column and rejected_column'
         return f'name the columns, for example\n    {named}\n  {other}'
     lines = [f'    {set_options(f.settings)}\n        {what_is_learned(f)}' for f in readings[:4]]
@@ -600,7 +601,7 @@ def refuse_columns(
         next_step=options_to_paste(detection.readings, columns),
     )
 
-# %% ../../nbs/data/02_formats.ipynb #a0926a59
+# %% ../../nbs/data/02_formats.ipynb #1c6cd027
 def refuse_judged(
     f: DatasetFormat,    # `kto`
     columns: Columns,    # of the file
