@@ -16,7 +16,8 @@ from ..core import ConfigError, DataError, Example
 from .chat_template import Encoded, check_template, show_loss_mask
 from .clean import CleaningReport, clean
 from .dedup import normalise
-from .formats import DatasetFormat, columns_of, detect_format, to_examples
+from .columns import columns_of
+from .formats import DatasetFormat, detect_format, to_examples
 from .load import error_prefix, load_rows, source_fingerprint
 from .preference import check_objective
 from .split import check_labels, split, split_half
