@@ -224,7 +224,7 @@ def test_adapter_counts(r, targets):
 @pytest.mark.parametrize('kind', MIXED)
 def test_adapters_of_a_mixture_are_on_its_attention(kind):
     "peft's own `all-linear` would adapt the experts and router of Mixtral and Qwen3 too."
-    peft, torch = pytest.importorskip('peft'), pytest.importorskip('torch')
+    pytest.importorskip('peft')
     from homelab_ft.train.lora import peft_targets
     config = dict(SMALL, model_type=kind, **EXPERTS[kind])
     found = trained_by_peft(config, 2, peft_targets(meta_model(config), 'all-linear'))

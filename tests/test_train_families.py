@@ -4,7 +4,6 @@ A tiny random model per family, built from a config. The quick ones stand for a 
 import pytest
 
 from homelab_ft.config import make_config
-from homelab_ft.core import ModelError
 from homelab_ft.plan.memory.estimate import estimate
 from homelab_ft.plan.memory.static import adapter_params
 from homelab_ft.plan.model_shape import model_shape
