@@ -42,7 +42,9 @@ def escape_markdown(
     text: str,       # of a cell
 ) -> str:
     "The text without anything that Markdown or HTML would act on."
-    return text.replace('|', '\\|').replace('\n', ' ').replace('<', '&lt;')
+    for mark in '\\`*~$|': text = text.replace(mark, '\\' + mark)
+    text = text.replace('](', ']\\(')                      # a link or a picture
+    return text.replace('\n', ' ').replace('&', '&amp;').replace('<', '&lt;')
 
 def table_markdown(
     table: Table,    # what to show
