@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KiB', 'MiB', 'GiB', 'MB', 'GB', 'fmt_gib', 'fmt_duration', 'HomelabError', 'ConfigError', 'DataError', 'ModelError',
-           'RunError', 'HardwareError', 'near_matches', 'Example', 'package_file', 'embedded_model', 'model_path']
+           'RunError', 'HardwareError', 'near_matches', 'Example', 'package_file', 'embedded_model', 'model_path',
+           'load_model_config']
 
 # %% ../nbs/00_core.ipynb #4d72ba10
 import difflib, re
@@ -118,8 +119,29 @@ def model_path(
         raise ModelError('there is no such model folder', model, allowed, 'check the path')
     if not (folder / 'config.json').exists():
         allowed = 'a folder written by save_pretrained'
-        raise ModelError('the model folder has no config.json', folder, allowed, 'check the path')
+        what, next_step = 'the model folder has no config.json', 'check the path'
+        if (folder / 'adapter_config.json').exists():
+            what, next_step = 'this is an adapter, not a model', 'merge it into its base first: homelab-ft merge RUN'
+        raise ModelError(what, folder, allowed, next_step)
     if not any(folder.glob('*.safetensors')):
+        others = sorted(p.name for ending in ('bin', 'pt', 'pth', 'gguf') for p in folder.glob(f'*.{ending}'))
+        what = f'the model folder has no safetensors weights, only {", ".join(others[:2])}'
+        if not others: what = 'the model folder has no weights'
         allowed = '*.safetensors (no pickled .bin files)'
-        raise ModelError('the model folder has no weights', folder, allowed, 'download the safetensors weights into it')
+        raise ModelError(what, folder, allowed, 'download the safetensors weights into it')
     return str(folder)
+
+# %% ../nbs/00_core.ipynb #3cd04804
+def load_model_config(
+    model: str,      # folder, Hub id, or `embedded`
+):                   # a transformers config
+    "The model's config; `ModelError` if it cannot be read, or if the model needs code of its own."
+    from transformers import AutoConfig
+    try: return AutoConfig.from_pretrained(model_path(model), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        if 'trust_remote_code' in str(e):
+            what, allowed = 'the model needs code of its own, which is never run', 'a language model that transformers knows'
+            raise ModelError(what, model, allowed, 'choose another model') from e
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        next_step = 'check the folder or the Hub id'
+        raise ModelError('the model config cannot be read', f'{model}: {reason}', next_step=next_step) from e

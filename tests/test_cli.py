@@ -74,7 +74,8 @@ def test_row_longer_than_max_length(refuse, here):
 
 def test_unknown_setting(refuse): assert 'learning_rate' in refuse('--data', 'good.csv', '--set', 'lerning_rate=1e-4')
 def test_setting_out_of_range(refuse): assert 'lora_r' in refuse('--data', 'good.csv', '--set', 'lora_r=0')
-def test_unknown_setting_in_file(refuse, here): assert 'lora_rank' in refuse('--data', 'good.csv', '--config', write(here, 'c.yaml', 'lora_rank: 8\n'))
+def test_unknown_setting_in_file(refuse, here): assert 'lora_renk' in refuse('--data', 'good.csv', '--config', write(here, 'c.yaml', 'lora_renk: 8\n'))
+def test_setting_of_other_libraries(refuse): assert 'method=qlora' in refuse('--data', 'good.csv', '--set', 'load_in_4bit=true')
 def test_unknown_target_module(refuse): assert 'q_proj' in refuse('--data', 'good.csv', '--set', 'target_modules=[q_prj]')
 
 
@@ -223,3 +224,40 @@ def test_a_full_card_is_the_persons_to_mend(monkeypatch, capsys):
     assert main(['data', '--data', 'x.csv']) == 2
     said = capsys.readouterr().err
     assert 'the GPU is out of memory' in said and 'next step' in said and '--debug' not in said
+
+
+def test_no_command_shows_the_help(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith('usage: homelab-ft') and 'quickstart' in out
+
+
+@pytest.mark.parametrize('argv, said', [(['quikstart'], 'did you mean quickstart?'), (['run', '--max-lenght', '64'], 'did you mean --max-length?'),
+                                        (['run', '--lora-alpha', '8'], '--set lora_alpha=VALUE'), (['run', '--load-in-4bit'], 'method=qlora'),
+                                        (['eval'], 'homelab-ft eval --help'), (['settings', 'lerning_rate'], 'did you mean learning_rate?')])
+def test_a_typo_names_what_was_meant(argv, said, capsys):
+    try: code = main(argv)
+    except SystemExit as e: code = e.code
+    assert code == 2 and said in capsys.readouterr().err
+
+
+def test_an_option_beats_set_which_beats_the_file(here, capsys):
+    from homelab_ft.cli import read_settings
+    write(here, 'c.yaml', 'seed: 1\nlora_r: 2\nmax_length: 99\nruns_dir: elsewhere')
+    config = read_settings(make_parser().parse_args(['run', '--config', 'c.yaml', '--set', 'lora_r=4', '--set', 'seed=3', '--seed', '5']))
+    assert (config.seed, config.lora_r, config.max_length, config.runs_dir) == (5, 4, 99, 'elsewhere')
+    assert 'the option counts, not --set seed=3' in capsys.readouterr().err
+
+
+def test_init_writes_settings_that_run_reads(here, capsys):
+    from homelab_ft.config import load_config
+    assert main(['init', '--data', 'good.csv', '--epochs', '2']) == 0
+    assert load_config('homelab-ft.yaml') == load_config(data='good.csv', num_train_epochs=2)
+    assert main(['init']) == 2 and 'nothing is overwritten' in capsys.readouterr().err
+
+
+def test_output_into_head_is_quiet():
+    import subprocess
+    piped = subprocess.run(f'{sys.executable} -c "from homelab_ft.cli import main; raise SystemExit(main([\'settings\']))" | head -n 1; echo ${{PIPESTATUS[0]}}',
+                           shell=True, executable='/bin/bash', capture_output=True, text=True)
+    assert piped.stderr == '' and piped.stdout.split() == ['Model', 'and', 'data', '141']

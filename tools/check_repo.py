@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from drop_bars import without_bars
+from drop_bars import VIEW, is_picture, without_bars
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = 'homelab_ft'
@@ -101,9 +101,20 @@ def check_title(cells):
     return [] if fine else ['the first cell is not a `# Title`, an empty line and a `> one-line quote`']
 
 
+_reprs = re.compile(r'<Figure size|<matplotlib\.|\b[HV]Box\(|\bOutput\(\)')
+
+
 def check_outputs(notebook):
     "Complaints about what an executed notebook has kept, as parsed JSON."
-    return [] if without_bars(notebook) == notebook else ['progress bars among the outputs, or state of widgets that nothing shows: run tools/drop_bars.py on it']
+    complaints = []
+    if without_bars(notebook) != notebook:
+        complaints.append('progress bars or views of ended widgets among the outputs, or state that nothing shows: run tools/drop_bars.py on it')
+    for i, output in ((i, o) for i, c in enumerate(notebook['cells']) for o in c.get('outputs', [])):
+        data = output.get('data', {})
+        text = ''.join(output.get('text') or data.get('text/plain', ''))
+        if VIEW in data and not is_picture(data): complaints.append(f'cell {i}: a widget without a picture: make it a `PictureBox`')
+        elif _reprs.search(text) and not is_picture(data): complaints.append(f'cell {i}: {text.strip()[:40]!r} where a picture should be')
+    return complaints
 
 
 # ---------------------------------------------------------------- modules
@@ -139,6 +150,37 @@ def check_sizes(sources):
     "Complaints about modules that are too long."
     sizes = {m: len(s.splitlines()) for m, s in sources.items()}
     return [f'{m}: {n} lines, {MAX_LINES} allowed: split it by subject' for m, n in sizes.items() if n > MAX_LINES]
+
+
+def _called_name(call):
+    "`('AutoConfig', 'from_pretrained')` of `AutoConfig.from_pretrained(...)`; an owner that is no plain name is ''."
+    f = call.func
+    if isinstance(f, ast.Name): return '', f.id
+    if not isinstance(f, ast.Attribute): return '', ''
+    return f.value.id if isinstance(f.value, ast.Name) else '', f.attr
+
+
+def _is_true(call, name, value):
+    "Whether the call passes `name=value`, literally."
+    return any(k.arg == name and isinstance(k.value, ast.Constant) and k.value.value is value for k in call.keywords)
+
+
+def check_loading(sources):
+    """Complaints about calls that may run code from a model folder or read pickled weights.
+
+    transformers asks on a terminal whether to run such code unless `trust_remote_code=False` is passed. peft has no such option."""
+    complaints = []
+    for module, source in sources.items():
+        for call in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)):
+            owner, name = _called_name(call)
+            place = f'{module}: {owner}.{name}, line {call.lineno},'
+            loads = name == 'from_pretrained' or name in ('load_dataset', 'pipeline') or name == 'from_config' and owner.startswith('Auto')
+            if loads and owner != 'PeftModel' and not _is_true(call, 'trust_remote_code', False): complaints.append(f'{place} lacks trust_remote_code=False')
+            is_model = name == 'from_pretrained' and owner not in ('PeftModel', 'AutoConfig', 'AutoTokenizer')
+            if is_model and not _is_true(call, 'use_safetensors', True): complaints.append(f'{place} lacks use_safetensors=True')
+            if (owner, name) == ('torch', 'load') and not _is_true(call, 'weights_only', True): complaints.append(f'{place} lacks weights_only=True')
+            if owner in ('pickle', 'dill', 'joblib') and name in ('load', 'loads'): complaints.append(f'{place} reads a pickle')
+    return complaints
 
 
 def _undocumented_parameters(node, lines):
@@ -268,7 +310,7 @@ def check_all(root=ROOT):
     def per_notebook(check): return [f'{f}: {c}' for f in files for c in check(cells[f])]
     reasons = '\n'.join(s for kind, s in cells.get('explanations/dependencies.ipynb', []) if kind == 'markdown')
     return {'directives': per_notebook(check_directives), 'titles': per_notebook(check_title), 'outputs': [f'{f}: {c}' for f in files for c in check_outputs(executed[f])],
-            'imports': check_strings(sources), 'parameters': check_parameters(sources), 'sizes': check_sizes(sources),
+            'imports': check_strings(sources), 'loading': check_loading(sources), 'parameters': check_parameters(sources), 'sizes': check_sizes(sources),
             'site': check_site((Path(root) / '_quarto.yml').read_text(encoding='utf-8'), files, settings),
             'dependencies': check_dependencies(settings, reasons), 'stray': check_stray(tracked_texts(root))}
 

@@ -76,6 +76,11 @@ class Chat:
         if len(ids) >= context:
             raise DataError('the prompt does not fit into the model', value=f'{len(ids)} tokens',
                             allowed=f'fewer than {context}', next_step='shorten it')
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        lacking = [self.tok.convert_ids_to_tokens(i) for i in ids if i >= rows]
+        if lacking:
+            raise DataError('the prompt uses a token that the model has no embedding for', lacking[0],
+                            f'token ids below {rows}', 'take the tokenizer that belongs to this model')
         max_new_tokens = min(max_new_tokens, context - len(ids))
         steps = stream_tokens(self.model, [ids], ends, max_new_tokens, temperature)
         return decode_pieces((tokens[0] for tokens in steps), self.tok)
