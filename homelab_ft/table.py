@@ -59,4 +59,6 @@ def table_html(
 ) -> str:
     "The table in HTML, every cell escaped."
     caption = f'<caption>{html.escape(table.title)}</caption>' if table.title else ''
-    return table.render('html').replace('<table>', f'<table>{caption}', 1)
+    def escape(text): return html.escape(text).replace('\n', '<br>')
+
+    return table.render('unsafehtml', escape).replace('<table>', f'<table>{caption}', 1)
