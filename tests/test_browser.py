@@ -101,7 +101,12 @@ class Notebook:
         page.wait_for_selector('.jp-Notebook .jp-Cell')
         self.wait_for_kernel()
 
-    def wait_for_kernel(self): self.page.wait_for_selector('.jp-NotebookPanel-toolbar [data-status=idle]')
+    def wait_for_kernel(self): self.page.wait_for_selector('#jp-main-statusbar :text("(ipykernel) | Idle")')
+
+    def accept_dialog(self):
+        "Say yes: to a restart, or to the kernel that a notebook which is still being opened asks for."
+        accept = self.page.locator('.jp-Dialog button.jp-mod-accept')
+        if accept.count(): accept.first.click()
 
     def menu(self, menu, item):
         self.page.click(f'.lm-MenuBar-itemLabel:text-is("{menu}")')
@@ -110,6 +115,7 @@ class Notebook:
     def run_all(self):
         "The first request can be lost while the page is still loading: repeat it until a cell says that it was run."
         for _ in range(10):
+            self.accept_dialog()
             self.menu('Run', 'Run All Cells')
             try: return self.page.wait_for_selector('.jp-InputPrompt:text-matches("\\\\[(\\\\*|[0-9]+)\\\\]")', timeout=5000)
             except self.page.timeout_error: continue
@@ -121,7 +127,8 @@ class Notebook:
 
     def restart(self):
         self.menu('Kernel', 'Restart Kernel…')
-        self.page.click('.jp-Dialog button.jp-mod-accept')
+        self.page.wait_for_selector('.jp-Dialog')
+        self.accept_dialog()
         self.page.wait_for_selector('.jp-Dialog', state='detached')
         self.wait_for_kernel()
 
@@ -129,7 +136,7 @@ class Notebook:
         "Run one cell until its output has something that fits the selector `shows`."
         for _ in range(10):
             cell.locator('.jp-InputArea-editor').click()
-            self.page.keyboard.press('Shift+Enter')
+            self.page.keyboard.press('Control+Enter')
             try: return cell.locator(shows).first.wait_for(timeout=20_000)
             except self.page.timeout_error: continue
         raise AssertionError('the cell was not run')
@@ -154,8 +161,9 @@ def button(cell, name): return cell.locator(f'button.jupyter-button:has-text("{n
 
 
 def planner_peak(cell):
-    "The first amount of memory that the planner names."
-    return float(re.search(r'([\d,]+\.?\d*)\s*GiB', cell.locator('.jp-OutputArea').inner_text())[1].replace(',', ''))
+    "The longest of the planner's bars, in GiB."
+    texts = cell.locator('.jp-OutputArea svg text').all_text_contents()
+    return max(float(text.split()[0]) for text in texts if re.fullmatch(r'[\d.]+ GiB', text))
 
 
 def stop_training(folder):
@@ -211,7 +219,7 @@ def walk(notebook, folder):
 
     notebook.restart()
     assert status(run).state == 'running'                   # the training did not notice
-    attach = notebook.page.locator('.jp-CodeCell').last
+    attach = notebook.cell('dashboard()')
     notebook.run_cell(attach, 'text=/[1-9][0-9]* of 100000/')
     button(attach, 'stop').click()
     attach.locator('text="stopped"').first.wait_for()
