@@ -12,6 +12,7 @@ from pathlib import Path
 from ..core import RunError, fmt_duration
 from ..table import Table
 from ..io import file_fingerprint, now, write_json
+from ..evaluate.samples import shorten
 from ..evaluate.compare import Evaluation, MetricResult, load_evaluation, upgrade_keys
 from ..train.run_folder import RunFolder, events
 
@@ -137,7 +138,11 @@ def models(
             rows = (entry['data']['rows'] or {}).get('train', '')
             kwh = f"{energy['kwh']:.4f} ({energy['source']})"
             lines.append([entry['name'], base, entry['method'], rows, verdict, result, gain, time, kwh, cost, merged])
-        else: lines.append([f"{entry['name']}\n{base if len(base) <= 22 else base[:21] + '…'}", f'{verdict}\n{result}', f'{time}\n{cost}', f"{merged}\n{entry['method']}"])
+        else:
+            pairs = (entry['name'], shorten(base, 22)), (verdict, result), (time, cost), (merged, entry['method'])
+            lines.append(['\n'.join(pair) for pair in pairs])
     headers = ['name\nbase model', 'verdict\nbase -> fine-tuned', 'time\ncost', 'merged\nmethod']
-    if details: headers = ['name', 'base model', 'method', 'rows', 'verdict', 'base -> fine-tuned', 'gain', 'time', 'kWh', 'cost', 'merged']
+    if details:
+        headers = ['name', 'base model', 'method', 'rows', 'verdict', 'base -> fine-tuned', 'gain',
+                   'time', 'kWh', 'cost', 'merged']
     return Table(headers, lines)

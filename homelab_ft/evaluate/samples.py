@@ -86,11 +86,12 @@ LABELS = 'expected', 'base', 'fine-tuned'
 MAX_SHOWN = 400        # characters of a text in HTML and Markdown
 
 def shorten(
-    text: str,         # somebody's
+    text: str,                     # somebody's
+    max_length: int = MAX_SHOWN,   # characters
 ) -> str:
     "The text, or its beginning with … at the end."
     text = ''.join(' ' if unicodedata.category(c) == 'Cc' and c != '\n' else c for c in text.translate(BIDI)).strip()
-    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN].rstrip() + ' …'
+    return text if len(text) <= max_length else text[:max_length - 2].rstrip() + ' …'
 
 @dataclass
 class Samples:
