@@ -202,7 +202,9 @@ class Evaluation:
     def _repr_markdown_(self):
         parts = [f'**{self.conclusion}**', table_markdown(self.table())]
         if self.advice: parts.append(self.advice)
-        if self.samples: parts += ['## Sample answers', 'Drawn at random; the last lost most.', Samples(self.samples)._repr_markdown_()]
+        if self.samples:
+            parts += ['## Sample answers', 'Drawn at random; the last lost most.']
+            parts.append(Samples(self.samples)._repr_markdown_())
         return '\n\n'.join(parts)
 
 # %% ../../nbs/evaluate/05_compare.ipynb #622fba66
