@@ -184,7 +184,7 @@ def parity(
     n_examples: int = 32,     # test examples to compare, at most
     progress: bool = True,    # show progress bars
 ) -> Parity:
-    "Compare fine-tuned model and merged folder and write parity.json; `RunError` if there is no merged folder, `DataError` without test examples."
+    "Compare fine-tuned and merged model and write parity.json; `RunError` without merged folder, `DataError` without test examples."
     config = run.config()
     merged = Path(merged or run.merged_path)
     if not (merged / 'config.json').exists():
