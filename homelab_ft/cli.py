@@ -14,6 +14,7 @@ import argparse, os, subprocess, sys, tempfile, warnings
 from . import __version__
 from .core import HomelabError
 from .config import RunConfig, load_config, parse_override
+from .progress import silence_other_bars
 from .train.run_folder import COMMANDS, open_run, send, status
 
 # %% ../nbs/06_cli.ipynb #719ba900
@@ -308,6 +309,7 @@ def main(
     "The `homelab-ft` command."
     args = make_parser().parse_args(argv)
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+    silence_other_bars()
     if not args.debug: warnings.simplefilter('ignore')      # other libraries' notes to programmers
     try:
         return args.function(args) or 0

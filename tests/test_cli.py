@@ -74,7 +74,8 @@ def test_row_longer_than_max_length(refuse, here):
 
 def test_unknown_setting(refuse): assert 'learning_rate' in refuse('--data', 'good.csv', '--set', 'lerning_rate=1e-4')
 def test_setting_out_of_range(refuse): assert 'lora_r' in refuse('--data', 'good.csv', '--set', 'lora_r=0')
-def test_unknown_setting_in_file(refuse, here): assert 'lora_rank' in refuse('--data', 'good.csv', '--config', write(here, 'c.yaml', 'lora_rank: 8\n'))
+def test_unknown_setting_in_file(refuse, here): assert 'lora_renk' in refuse('--data', 'good.csv', '--config', write(here, 'c.yaml', 'lora_renk: 8\n'))
+def test_setting_of_other_libraries(refuse): assert 'method=qlora' in refuse('--data', 'good.csv', '--set', 'load_in_4bit=true')
 def test_unknown_target_module(refuse): assert 'q_proj' in refuse('--data', 'good.csv', '--set', 'target_modules=[q_prj]')
 
 

@@ -18,6 +18,7 @@ from ..core import DataError, Example, ModelError
 from .chat_template import encode
 from .load import first_rows
 from ..io import fingerprint, write_atomic
+from ..progress import track
 from ..table import Table
 
 # %% ../../nbs/data/07_tokenize.ipynb #fabf75e2
@@ -212,10 +213,9 @@ def tokenize_examples(
     overlong_rows: str,  # 'error', 'drop' or 'truncate'
 ) -> Tokenized:
     "Tokenize examples; raises `DataError` for rows that are too long (`overlong_rows='error'`) or if no row is left."
-    from tqdm.auto import tqdm
     pattern = control_pattern(tok)
     control, too_long, truncated, encoded = [], {}, [], {}
-    for i, example in enumerate(tqdm(examples, desc='tokenizing', unit=' rows', delay=1, leave=False)):
+    for i, example in enumerate(track(examples, 'tokenizing', 'rows')):
         conversations = conversations_of(example)
         texts = [m['content'] for messages in conversations for m in messages]
         if any(map(pattern.search, texts)):

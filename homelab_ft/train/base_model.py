@@ -14,6 +14,7 @@ from pathlib import Path
 from ..core import ConfigError, HardwareError, ModelError, model_path
 from ..config import QUANTIZED, RunConfig
 from ..io import file_fingerprint, fingerprint
+from ..progress import silence_other_bars
 from .engine.batching import SINGLE_SEQUENCE_OOM
 
 # %% ../../nbs/train/01_base_model.ipynb #0253ac26
@@ -91,7 +92,8 @@ def quantization_config(
 
 # %% ../../nbs/train/01_base_model.ipynb #b03a7057
 def quiet_libraries():
-    "Silence messages for programmers."
+    "Silence messages for programmers, and the progress bars of other libraries."
+    silence_other_bars()
     # bitsandbytes on an optional package and on casts; peft's use of a name that transformers 5.23 renamed
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
     warnings.filterwarnings('ignore', message='`is_gradient_checkpointing` is deprecated')

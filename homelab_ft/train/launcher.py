@@ -9,6 +9,7 @@ __all__ = ['ALLOCATOR', 'EVENT_MESSAGES', 'start', 'follow']
 import os, subprocess, sys, time
 
 from ..core import RunError
+from ..progress import Progress
 from .run_folder import RunFolder, RunStatus, check_start, events, status
 
 # %% ../../nbs/train/09_launcher.ipynb #4e6aec6a
@@ -39,19 +40,17 @@ def follow(
     process,                # from `start`
 ) -> RunStatus:             # finished or stopped
     "A progress bar until the training process ends; `RunError` with the end of its log if it failed."
-    from tqdm.auto import tqdm
     n_shown, code = 0, None
-    with tqdm(desc='loading the model', unit='step') as bar:
+    with Progress('loading the model', unit='steps', remains=True) as bar:
         while code is None:
             code = process.poll()
             now, happened = status(run), events(run)
             for event in happened[n_shown:]:
                 message = EVENT_MESSAGES.get(event['event'])
-                if message: bar.write(message.format(**event))
+                if message: bar.say(message.format(**event))
             n_shown = len(happened)
-            bar.total = now.total_steps or None
-            if now.loss is not None: bar.set_description(f'training, loss {now.loss:.3f}', refresh=False)
-            bar.update(now.step - bar.n)
+            title = None if now.loss is None else f'training, loss {now.loss:.3f}'
+            bar.update(now.step - bar.done, title, now.total_steps)
             if code is None: time.sleep(0.5)
     if code == 0: return now
     log = run.log_path.read_text(errors='replace') if run.log_path.exists() else ''

@@ -10,7 +10,8 @@ import logging
 from functools import lru_cache
 
 import numpy as np
-from tqdm.auto import tqdm
+
+from ...progress import Progress
 
 # %% ../../../nbs/train/engine/01_batching.ipynb #ddecd7d2
 def batch_order(
@@ -71,7 +72,7 @@ def in_batches(
     "Work through sequences; when memory runs out, by half as many from there on. `torch.OutOfMemoryError` where one is too much."
     import torch
     done, size, announced = 0, batch_size, batch_size
-    with tqdm(total=len(sequences), desc=bar, disable=not bar, leave=False) as progress:
+    with Progress(bar, len(sequences)) as progress:
         while done < len(sequences):
             part = sequences[done:done + size]
             fits = True
