@@ -6,7 +6,7 @@
 __all__ = ['TOKEN_BYTES', 'MESSAGE_TOKENS', 'DataSize', 'uniform_size', 'estimate_tokens', 'estimate_data', 'measure_data',
            'RunCost', 'fmt_hours', 'run_cost']
 
-# %% ../../nbs/plan/04_cost.ipynb #be360989
+# %% ../../nbs/plan/04_cost.ipynb #865c5178
 import tempfile
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from .memory.spec import EstimateSpec
 from .model_shape import ModelShape
 from .throughput import MEASURED, hours, tokens_per_second, unsupported_reason
 
-# %% ../../nbs/plan/04_cost.ipynb #596686ee
+# %% ../../nbs/plan/04_cost.ipynb #6cf1cf68
 @dataclass(frozen=True)
 class DataSize:
     "The rows that a run trains on."
@@ -60,6 +60,13 @@ class DataSize:
         size = min(size, self.rows)
         return float(np.sort(self.labels)[-size:].sum() / (size * self.longest))
 
+    def cut(self,
+        max_length: int,     # tokens
+    ) -> 'DataSize':
+        "With longer rows cut."
+        lengths = np.minimum(self.lengths, max_length)
+        return DataSize(lengths, np.minimum(self.labels, lengths), self.counted)
+
     def __str__(self):
         about = '' if self.counted else 'about '
         return f'{about}{self.rows:,} rows × {self.mean:,.0f} tokens (longest {self.longest:,}), {self.label_share:.0%} with loss'
@@ -73,7 +80,7 @@ def uniform_size(
     lengths = np.full(rows, tokens)
     return DataSize(lengths, lengths * label_share)
 
-# %% ../../nbs/plan/04_cost.ipynb #ac9930f2
+# %% ../../nbs/plan/04_cost.ipynb #527ce169
 TOKEN_BYTES, MESSAGE_TOKENS = 3.5, 5
 
 def estimate_tokens(
@@ -99,7 +106,7 @@ def estimate_data(
     sizes = np.array([estimate_tokens(example) for example in train]).clip(1, config.max_length)
     return DataSize(*sizes.T, counted=False)
 
-# %% ../../nbs/plan/04_cost.ipynb #0e7ac8d4
+# %% ../../nbs/plan/04_cost.ipynb #60e95cd5
 def measure_data(
     config: RunConfig,   # `data`, `model` and what the columns mean
 ) -> DataSize:
@@ -115,7 +122,7 @@ def measure_data(
     labels = [np.add.reduceat(cache.mask, cache.offsets[:-1], dtype=np.int64) for cache in caches]
     return DataSize(np.concatenate([cache.lengths for cache in caches]), np.concatenate(labels))
 
-# %% ../../nbs/plan/04_cost.ipynb #6772d895
+# %% ../../nbs/plan/04_cost.ipynb #4d836c4c
 @dataclass(frozen=True)
 class RunCost:
     "What a run takes beside memory; None is not known."
@@ -154,7 +161,7 @@ def fmt_hours(
     if hours < 1: return f'{60 * hours:.2g} min'
     return f'{hours:.2g} h' if hours < 100 else f'{hours:.0f} h'
 
-# %% ../../nbs/plan/04_cost.ipynb #f68f7cde
+# %% ../../nbs/plan/04_cost.ipynb #856ff326
 def run_cost(
     config: RunConfig,       # epochs, packing, price
     shape: ModelShape,       # the model

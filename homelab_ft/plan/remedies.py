@@ -53,7 +53,7 @@ class Remedy:
             optim='8-bit optimizer states',
             length='longer rows are cut or dropped',
             lora_r='a smaller adapter')
-        return ', '.join(notes[name] for name in self.alters) or 'nothing: the gradients are the same'
+        return ', '.join(notes[name] for name in self.alters) or 'the same gradients'
 
 # %% ../../nbs/plan/08_remedies.ipynb #42bf5e19
 MIN_LENGTH = 16      # tokens, the least that a run takes as `max_length`
@@ -134,7 +134,7 @@ class RemedySearch:
         k = bisect_left(values, True, key=too_large)
         return values[k - 1] if k else None
 
-# %% ../../nbs/plan/08_remedies.ipynb #d71d8ea9
+# %% ../../nbs/plan/08_remedies.ipynb #9aa49865
 ALTERS = ('method', 'optim', 'length', 'lora_r')     # what alters the result, in the order of trial
 
 def seconds_per_token(
@@ -180,7 +180,7 @@ def find_remedy(
         found.append(Remedy(divided, True if all_layers else 'auto', alters, est, more_time))
     return min(reversed(found), key=lambda remedy: remedy.more_time or 0)
 
-# %% ../../nbs/plan/08_remedies.ipynb #9b765c82
+# %% ../../nbs/plan/08_remedies.ipynb #aa0f42b6
 def combinations_of(
     search: RemedySearch,    # where to start
     alters: tuple,           # of `ALTERS`

@@ -69,7 +69,7 @@ def estimate_policies(
         return estimate_with_checkpointing(shape, limit, margin, spec)
     return estimate(shape, spec.replace(gradient_checkpointing=bool(gradient_checkpointing)))
 
-# %% ../../nbs/plan/05_search.ipynb #d4de3b5e
+# %% ../../nbs/plan/05_search.ipynb #066fcb88
 POLICY_WORDS = dict(none='none', mlp='MLP', layer='full', offload='full and offloaded')
 
 def checkpointing_words(
@@ -78,6 +78,8 @@ def checkpointing_words(
     "Which layers recompute what."
     n = sum(policies.values())
     if policies.get('none') == n: return 'none'
+    for policy, k in policies.items():
+        if k == n: return f'{POLICY_WORDS[policy]} in all {n} layers'
     texts = [f'{POLICY_WORDS[policy]} in {k}' for policy, k in policies.items() if policy != 'none' and k]
     return f'{", ".join(texts)} of {n} layers'
 

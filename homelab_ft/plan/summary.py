@@ -20,7 +20,7 @@ from .memory.static import target_linears, trained_matrices
 from .model_shape import ModelShape
 from .search import PlanTarget, checkpointing_words
 
-# %% ../../nbs/plan/09_summary.ipynb #9deccf97
+# %% ../../nbs/plan/09_summary.ipynb #efe5314e
 @dataclass
 class Plan:
     "What a run would use: settings, memory, and where the data are known, time and cost."
@@ -36,6 +36,7 @@ class Plan:
     config_file: str = None      # the file that holds the others
     warnings: list = field(default_factory=list)   # what the estimate does not know, a sentence each
     fitting: list = field(default_factory=list)    # of `Plan`: changes that make it fit, each planned anew
+    note: str = ''               # what such a change alters
 
     @property
     def gpu(self) -> str:
@@ -105,7 +106,7 @@ def room_line(
     largest = max(est.parts, key=est.parts.get)
     return f'{text}, with {margin:.0%} left free. The peak is at {est.phase}, mostly {PART_LABELS[largest]}.'
 
-# %% ../../nbs/plan/09_summary.ipynb #d8881368
+# %% ../../nbs/plan/09_summary.ipynb #ad6a7528
 def fmt_count(
     n: int,          # a number
 ) -> str:            # for example `'8.03 billion'`
@@ -127,22 +128,22 @@ def settings_rows(
     rows = [
         ('model', f'{config.model}: {fmt_count(plan.shape.n_params)} parameters, {fmt_count(plan.trainable)} trained'),
         ('settings', f'{config.method}{adapter}, {config.optim}'),
-        ('batch', f'{batch} × {steps} accumulation, {kind} of up to {config.max_length:,} tokens'),
+        ('batch', f'{batch} × {steps} (micro-batch × accumulation), {kind} of up to {config.max_length:,} tokens'),
         ('checkpointing', checkpointing),
     ]
     names = dict(per_device_train_batch_size='batch', gradient_accumulation_steps='batch', optim='optimizer')
     chosen = dict.fromkeys(names.get(name, name) for name in plan.chosen if plan.chosen[name] not in (False, 'auto'))
-    if chosen: rows.append(('chosen', f'{", ".join(chosen)}: nobody set them, and a run would choose the same'))
+    if chosen: rows.append(('chosen', f'{", ".join(chosen)}: not set, so chosen to fit, as in a run'))
     if size:
         rows.append(('data', str(size)))
-        if not config.packing:
-            rows.append(('memory', f'an upper bound: every row as long as the longest, {size.longest:,} tokens'))
-        if not size.counted: rows.append(('', 'tokens estimated from the text: this model has no tokenizer here'))
+        if not size.counted: rows.append(('', 'estimated from the text: there is no tokenizer of this model here'))
+        longest = size.longest if size.counted else config.max_length
+        if not config.packing: rows.append(('memory', f'an upper bound: all rows of {longest:,} tokens'))
     if plan.cost: rows.append(('time', f'for {plan.cost.size}; {plan.cost.source}'))
     if est.step == 'padded' and config.device != 'cpu': rows.append(('step', f'padded: {est.padded_reason}'))
     if plan.overhead_offset:
         rows.append(('probe', f'{plan.overhead_offset / 2**20:+.0f} MiB, measured on this GPU'))
-    if plan.target.free is not None: rows.append(('free now', free_text(plan)))
+    if plan.target.free is not None: rows.append(('free', free_text(plan)))
     return rows
 
 def free_text(
@@ -150,11 +151,12 @@ def free_text(
 ) -> str:
     "Total and free memory, and whether what is free now suffices."
     free, limit = plan.target.free, plan.limit_bytes
-    text = f'{of_limit(free, limit)}; the plan counts on the total'
+    kind = 'RAM' if plan.config.device == 'cpu' else 'GPU memory'
+    text = f'{fmt_gib(free)} now, of {fmt_gib(limit)} {kind} that the plan counts on'
     if plan.fits and plan.estimate.min_required > free: text += ': close other programs first'
     return text
 
-# %% ../../nbs/plan/09_summary.ipynb #21db0155
+# %% ../../nbs/plan/09_summary.ipynb #59da48b7
 def parts_table(
     est: MemoryEstimate,     # the estimate
 ) -> Table:
@@ -162,7 +164,7 @@ def parts_table(
     rows = [[PART_LABELS[part], fmt_gib(n), f'{n / est.peak:.0%}'] for part, n in est.parts.items() if n]
     return Table([f'at the peak ({est.phase})', 'memory', 'share'], [*rows, ['in all', fmt_gib(est.peak), '100%']])
 
-# %% ../../nbs/plan/09_summary.ipynb #79006b54
+# %% ../../nbs/plan/09_summary.ipynb #a8498acd
 def set_option(
     name: str,       # of a setting
     value,           # its value
@@ -199,14 +201,14 @@ def fitting_text(
 ) -> str:
     "The commands that would fit, or that there are none."
     if not plan.fitting: return 'No smaller batch, length or rank and no 4-bit weights make it fit.'
-    blocks = ['These would fit:']
+    blocks = ['This would fit:' if len(plan.fitting) == 1 else 'These would fit:']
     for other in plan.fitting:
         time = f'; {other.cost.short}' if other.cost and other.cost.short else ''
-        about = f'# peak {fmt_gib(other.estimate.peak)}{time}'
+        about = f'# peak {fmt_gib(other.estimate.peak)}{time}' + f'; {other.note}' * bool(other.note)
         blocks.append('\n'.join([*textwrap.wrap(f'  {about}', width, subsequent_indent='  # '), plan_command(other, width)]))
     return '\n\n'.join(blocks)
 
-# %% ../../nbs/plan/09_summary.ipynb #ea2dfe2f
+# %% ../../nbs/plan/09_summary.ipynb #f3603b3c
 def aligned(
     rows: list,          # of (name, text)
     width: int = 80,     # columns
@@ -222,7 +224,8 @@ def details(
 ) -> list:               # of texts
     "All phases, what the chosen settings give up, and what is known of the GPU."
     blocks = [str(estimate_table(plan.estimate))]
-    gives_up = [c for c in plan.choice.gives_up if c.setting in plan.chosen] if plan.choice else []
+    chosen = {*plan.chosen, 'gradient_checkpointing'} - {*plan.given}
+    gives_up = [c for c in plan.choice.gives_up if c.setting in chosen] if plan.choice else []
     if gives_up: blocks.append(aligned([(c.setting, c.text) for c in gives_up], width))
     for fact in plan.target.facts:
         table = fact.table()

@@ -89,8 +89,7 @@ def estimate_table(
     def cell(value): return f'{value / GiB:.{1 if value >= 100 * GiB else 2}f}' if value else ''
     def cells(values): return [cell(value) for value in values]
 
-    headers = [f'{name} ← peak' if name == est.phase else name for name in est.phases]
-    headers = [header.replace(' ', '\n') for header in headers]
+    headers = [name.replace(' ', '\n') + '\n← peak' * (name == est.phase) for name in est.phases]
     phases = est.phases.values()
     rows = [[part.replace('logits_loss', 'logits + loss'), *cells(parts[part] for parts in phases)] for part in PARTS]
     total = ['process', *cells(sum(parts.values()) for parts in phases)]
