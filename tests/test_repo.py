@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import check_repo as repo
-import docs_preview, drop_bars, make_readme, measure_style
+import docs_preview, drop_bars, make_readme, measure_style, site_notebooks
 from notebook_text import fence, merge_streams, read_directives
 
 ROOT = repo.ROOT
@@ -64,9 +64,22 @@ def test_progress_bars_are_found_and_dropped():
                 'metadata': {'widgets': {drop_bars.STATE: {'state': state}}}}
     complains(repo.check_outputs(notebook), 'drop_bars')
     clean = drop_bars.without_bars(notebook)
-    assert repo.check_outputs(clean) == [] and set(clean['metadata']['widgets'][drop_bars.STATE]['state']) == {'slider', 'space'}
+    assert not any('drop_bars' in c for c in repo.check_outputs(clean))
+    assert set(clean['metadata']['widgets'][drop_bars.STATE]['state']) == {'slider', 'space'}
     del notebook['cells'][0]['outputs'][1]
     assert drop_bars.without_bars(notebook)['metadata'] == {}
+
+
+def test_outputs_are_pictures_where_a_widget_or_a_figure_was_shown():
+    def notebook(**data): return {'cells': [{'source': '', 'outputs': [{'output_type': 'display_data', 'data': data}]}], 'metadata': {}}
+    widget = {drop_bars.VIEW: {'model_id': 'x'}, 'text/plain': ['VBox(children=(HTML(),))']}
+    complains(repo.check_outputs(notebook(**widget)), 'a widget without a picture')
+    complains(repo.check_outputs(notebook(**{'text/plain': ['<Figure size 640x480 with 1 Axes>']})), '<Figure size')
+    complains(repo.check_outputs({'cells': [{'outputs': [{'output_type': 'stream', 'text': ['<Figure size 6x4>']}]}], 'metadata': {}}), '<Figure size')
+    assert repo.check_outputs(notebook(**{'image/png': '', 'text/plain': ['<Figure size 640x480 with 1 Axes>']})) == []
+    pictured = notebook(**widget, **{'text/html': '<p>fits</p>'})
+    complains(repo.check_outputs(pictured), 'drop_bars')
+    assert repo.check_outputs(drop_bars.without_bars(pictured)) == []
 
 
 # ---------------------------------------------------------------- modules
@@ -300,6 +313,31 @@ def test_one_page(tmp_path):
     html = docs_preview.to_html(markdown, {'title': 'A', 'pagetitle': 'A', 'root': '.', 'site': 's', 'nav': '<ul></ul>'})
     assert front['title'] == 'A & B' and (tmp_path / 'a_files' / 'cell-1-0.png').read_bytes() == b'hi'
     assert 'plot()' not in html and 'src="a_files/cell-1-0.png"' in html and '<td>1</td>' in html and 'id="part"' in html and '<math' in html
+
+
+def for_a_page(
+    path: Path,         # a file of `forms`
+    *names,             # more of them
+    limit: float = 0.5, # GiB
+    is_open=None,
+) -> list:              # as many
+    "Does `nothing`."
+
+
+def test_signatures_have_a_line_per_parameter_and_no_markup():
+    assert site_notebooks.signature(for_a_page, 'for_a_page') == """\
+def for_a_page(
+    path: Path,          # a file of forms
+    *names,              # more of them
+    limit: float = 0.5,  # GiB
+    is_open=None,
+) -> list                # as many"""
+    link = '[`form`](https://s.io/b/data/form.html#form)'
+    shown = f'### fence\n\n```python\ndef fence(\n    text, info:str=\'\', # {link}\n):\n```\n\n*A code fence, see {link}.*'
+    cell = {'source': '#| echo: false\nshow_doc(fence)', 'outputs': [{'data': {'text/markdown': [shown]}}]}
+    site_notebooks.mend_signature(cell, 'notebook_text')
+    made = cell['outputs'][0]['data']['text/markdown']
+    assert "```python\ndef fence(\n    text,\n    info='',\n)\n```\n\n*A code" in made and made.count(link) == 1
 
 
 def test_links_to_undocumented_names_lead_to_their_page(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from drop_bars import without_bars
+from drop_bars import VIEW, is_picture, without_bars
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = 'homelab_ft'
@@ -101,9 +101,20 @@ def check_title(cells):
     return [] if fine else ['the first cell is not a `# Title`, an empty line and a `> one-line quote`']
 
 
+_reprs = re.compile(r'<Figure size|<matplotlib\.|\b[HV]Box\(|\bOutput\(\)')
+
+
 def check_outputs(notebook):
     "Complaints about what an executed notebook has kept, as parsed JSON."
-    return [] if without_bars(notebook) == notebook else ['progress bars among the outputs, or state of widgets that nothing shows: run tools/drop_bars.py on it']
+    complaints = []
+    if without_bars(notebook) != notebook:
+        complaints.append('progress bars or views of ended widgets among the outputs, or state that nothing shows: run tools/drop_bars.py on it')
+    for i, output in ((i, o) for i, c in enumerate(notebook['cells']) for o in c.get('outputs', [])):
+        data = output.get('data', {})
+        text = ''.join(output.get('text') or data.get('text/plain', ''))
+        if VIEW in data and not is_picture(data): complaints.append(f'cell {i}: a widget without a picture: make it a `PictureBox`')
+        elif _reprs.search(text) and not is_picture(data): complaints.append(f'cell {i}: {text.strip()[:40]!r} where a picture should be')
+    return complaints
 
 
 # ---------------------------------------------------------------- modules

@@ -1,7 +1,7 @@
 """The documentation without Quarto: python tools/docs_preview.py [--links-only]
 
-nbdev processes the notebooks into _proc/ exactly as for Quarto (API documentation, links to names, hidden cells), then pandoc
-makes one page each in _docs/, with the navigation of _quarto.yml. Leaves with exit code 1 when a link or a picture is dead.
+tools/site_notebooks.py processes the notebooks into _proc/ exactly as for Quarto, then pandoc makes one page each in _docs/,
+with the navigation of _quarto.yml. Leaves with exit code 1 when a link or a picture is dead.
 """
 import json, os, re, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +14,7 @@ import pypandoc, yaml
 
 from check_repo import read_settings, sidebar
 from notebook_text import fence, join, merge_streams, output_text, read_directives, save_picture
+from site_notebooks import process_notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
@@ -146,15 +147,6 @@ def to_html(markdown, variables):
     arguments = ['--standalone', '--toc', '--toc-depth=3', '--mathml', '--wrap=none', '--columns=9999', f'--template={HERE / "preview.html"}']
     arguments += [a for k, v in variables.items() for a in ('--variable', f'{k}={v}')]
     return pypandoc.convert_text(markdown, 'html5', format=PANDOC, extra_args=arguments)
-
-
-def process_notebooks():
-    "nbdev's own processing, from scratch; its warnings about cells that import and assign are not news."
-    os.environ.update(PYTHONWARNINGS='ignore', MPLBACKEND='agg', HF_HUB_OFFLINE='1')
-    os.chdir(ROOT)
-    from nbdev.serve import proc_nbs
-    shutil.rmtree(ROOT / '_proc', ignore_errors=True)
-    return proc_nbs()
 
 
 def build(proc, out):

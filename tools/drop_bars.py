@@ -1,4 +1,5 @@
-"""Drop what progress bars leave in executed notebooks: widgets of thousands of lines that say nothing.
+"""Drop what widgets leave in executed notebooks: progress bars, which say nothing, and views of widgets that ended with their
+kernel, where an output has a picture of them (`homelab_ft.ui.picture_box`).
 
 python tools/drop_bars.py NOTEBOOK ...   (state of other widgets stays as long as an output shows it)"""
 import json, re, sys
@@ -12,6 +13,11 @@ def is_bar(output):
     "Whether an output is a progress bar: a widget whose text has a time such as `[00:03`."
     data = output.get('data', {})
     return VIEW in data and bool(re.search(r'\[\d\d:\d\d', ''.join(data.get('text/plain', ''))))
+
+
+def is_picture(data):
+    "Whether an output's `data` has something that a page can show: HTML or an image."
+    return any(kind == 'text/html' or kind.startswith('image/') for kind in data)
 
 
 def shown(notebook):
@@ -28,10 +34,12 @@ def shown(notebook):
 
 
 def without_bars(notebook):
-    "The notebook without bars, and without widget state that nothing shows."
+    "The notebook without bars, without views of widgets beside a picture, and without widget state that nothing shows."
     notebook = deepcopy(notebook)
     for c in notebook['cells']:
         if 'outputs' in c: c['outputs'] = [o for o in c['outputs'] if not is_bar(o)]
+        for data in (o['data'] for o in c.get('outputs', []) if 'data' in o):
+            if is_picture(data): data.pop(VIEW, None)
     if STATE not in notebook['metadata'].get('widgets', {}): return notebook
     kept, widgets = shown(notebook), notebook['metadata']['widgets'][STATE]
     widgets['state'] = {k: v for k, v in widgets['state'].items() if k in kept}

@@ -13,6 +13,7 @@ import ipywidgets as W
 from ..core import HomelabError, fmt_duration
 from ..plots import WIDTH, loss_svg
 from ..train.run_folder import RunFolder, RunStatus, history, send, status
+from .picture_box import PictureBox
 
 # %% ../../nbs/ui/02_dashboard.ipynb #53f3aff1
 STATE_COLORS = dict(running='#009E73', paused='#E69F00', finished='#0072B2', failed='#D55E00', interrupted='#D55E00')
@@ -63,7 +64,7 @@ def enabled_commands(
     return {'resume' if state == 'paused' else 'pause', 'stop', 'save', 'evaluate', 'learning_rate'}
 
 # %% ../../nbs/ui/02_dashboard.ipynb #0e3e187c
-class Dashboard(W.VBox):
+class Dashboard(PictureBox):
     "The widget: `.view` (HTML), `.buttons` (by command), `.rate` (text box), `.message`; `.close()` stops it."
     def __init__(self,
         run: RunFolder,              # the run to watch

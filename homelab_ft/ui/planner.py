@@ -25,6 +25,7 @@ from ..plan.model_catalog import KNOWN
 from ..plan.remedies import explain
 from ..plan.search import estimate_policies
 from ..plan.summary import describe_plan_step
+from .picture_box import PictureBox
 from .svg import bar_svg, legend_html, map_svg
 
 # %% ../../nbs/ui/01_planner.ipynb #08978b07
@@ -169,13 +170,13 @@ def default_state() -> PlannerState:
 # %% ../../nbs/ui/01_planner.ipynb #a4f34f1b
 def planner_widget(
     state: PlannerState = None,      # where the controls start; `default_state()` if missing
-) -> W.VBox:                         # `.controls`: name -> widget; below them `.view`, HTML, and `.fold` with `.map`, HTML
+) -> PictureBox:                     # `.controls`: name -> widget; below them `.view`, HTML, and `.fold` with `.map`, HTML
     "The planner with its controls."
     controls = {name: make_control(name, value) for name, value in asdict(state or default_state()).items()}
     view, heat = W.HTML(), W.HTML()
     fold = W.Accordion([heat], titles=('What else fits: length by batch',), selected_index=0)
     layout = W.Layout(display='flex', flex_flow='row wrap')
-    box = W.VBox([W.Box(list(controls.values()), layout=layout), view, fold])
+    box = PictureBox([W.Box(list(controls.values()), layout=layout), view, fold])
     box.controls, box.view, box.fold, box.map = controls, view, fold, heat
 
     def redraw(change=None):
