@@ -42,16 +42,16 @@ def save_rows(
 @patch
 def _repr_html_(self:Plan):
     "The answer, the bars of all phases, the settings."
-    from homelab_ft.plan.summary import answer_line, fitting_text, room_line, settings_rows
+    from homelab_ft.plan.summary import answer_line, fitting_text, room_text, settings_rows
     from homelab_ft.ui.svg import bar_svg, legend_html
-    answer, room = html.escape(answer_line(self)), html.escape(room_line(self))
+    answer, room = html.escape(answer_line(self)), html.escape(room_text(self.estimate, self.limit_bytes, self.gpu))
     warnings = [f'<p>Warning: {html.escape(text)}</p>' for text in self.warnings]
     settings = table_html(Table(['', ''], settings_rows(self)))
     bars = bar_svg(self.estimate, self.limit_bytes) + legend_html(self.estimate)
     commands = '' if self.fits else f'<pre>{html.escape(fitting_text(self))}</pre>'
     return f'<p><b>{answer}</b><br>{room}</p>{"".join(warnings)}{bars}{settings}{commands}'
 
-# %% ../nbs/07_api.ipynb #bb51bcf0
+# %% ../nbs/07_api.ipynb #1735aadd
 def longest_batch(
     config: RunConfig,   # the settings
     size,                # `DataSize`, or None
@@ -86,7 +86,7 @@ def plan_config(
     cost = run_cost(config, shape, estimate, size, target.gpu) if size else None
     return Plan(config, target, shape, estimate, choice, offset, size, cost, given, config_file)
 
-# %% ../nbs/07_api.ipynb #6650abd9
+# %% ../nbs/07_api.ipynb #0362b8d9
 def changed_plan(
     asked: RunConfig,    # the settings before any was chosen
     plan: Plan,          # of them
@@ -137,7 +137,7 @@ def full_plan(
         if other.fits: plan.fitting.append(other)
     return plan
 
-# %% ../nbs/07_api.ipynb #6b4f130a
+# %% ../nbs/07_api.ipynb #e77a4b09
 def plan(
     model: str = 'embedded',   # folder, Hub id or the name of a known model
     gpu: str = None,           # a GPU by name; None: this machine's

@@ -6,7 +6,7 @@
 __all__ = ['TOKEN_BYTES', 'MESSAGE_TOKENS', 'DataSize', 'uniform_size', 'estimate_tokens', 'estimate_data', 'measure_data',
            'RunCost', 'fmt_hours', 'run_cost']
 
-# %% ../../nbs/plan/04_cost.ipynb #865c5178
+# %% ../../nbs/plan/04_cost.ipynb #bbd4e7bf
 import tempfile
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from .memory.spec import EstimateSpec
 from .model_shape import ModelShape
 from .throughput import MEASURED, hours, tokens_per_second, unsupported_reason
 
-# %% ../../nbs/plan/04_cost.ipynb #6cf1cf68
+# %% ../../nbs/plan/04_cost.ipynb #e7f4a236
 @dataclass(frozen=True)
 class DataSize:
     "The rows that a run trains on."
@@ -80,7 +80,7 @@ def uniform_size(
     lengths = np.full(rows, tokens)
     return DataSize(lengths, lengths * label_share)
 
-# %% ../../nbs/plan/04_cost.ipynb #527ce169
+# %% ../../nbs/plan/04_cost.ipynb #3fa9bc44
 TOKEN_BYTES, MESSAGE_TOKENS = 3.5, 5
 
 def estimate_tokens(
@@ -106,7 +106,7 @@ def estimate_data(
     sizes = np.array([estimate_tokens(example) for example in train]).clip(1, config.max_length)
     return DataSize(*sizes.T, counted=False)
 
-# %% ../../nbs/plan/04_cost.ipynb #60e95cd5
+# %% ../../nbs/plan/04_cost.ipynb #70707c84
 def measure_data(
     config: RunConfig,   # `data`, `model` and what the columns mean
 ) -> DataSize:
@@ -122,7 +122,7 @@ def measure_data(
     labels = [np.add.reduceat(cache.mask, cache.offsets[:-1], dtype=np.int64) for cache in caches]
     return DataSize(np.concatenate([cache.lengths for cache in caches]), np.concatenate(labels))
 
-# %% ../../nbs/plan/04_cost.ipynb #4d836c4c
+# %% ../../nbs/plan/04_cost.ipynb #00c2c9d7
 @dataclass(frozen=True)
 class RunCost:
     "What a run takes beside memory; None is not known."
@@ -157,11 +157,12 @@ class RunCost:
 def fmt_hours(
     hours: float,    # a length of time
 ) -> str:            # for example `'2.1 h'`, `'35 min'`
-    "Hours in two digits, or minutes."
+    "Hours in two digits, or minutes, or seconds."
+    if hours < 1 / 60: return f'{3600 * hours:.2g} s'
     if hours < 1: return f'{60 * hours:.2g} min'
     return f'{hours:.2g} h' if hours < 100 else f'{hours:.0f} h'
 
-# %% ../../nbs/plan/04_cost.ipynb #856ff326
+# %% ../../nbs/plan/04_cost.ipynb #6bfb9a89
 def run_cost(
     config: RunConfig,       # epochs, packing, price
     shape: ModelShape,       # the model

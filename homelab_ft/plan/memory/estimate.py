@@ -91,7 +91,7 @@ def estimate_table(
 
     headers = [name.replace(' ', '\n') + '\n← peak' * (name == est.phase) for name in est.phases]
     phases = est.phases.values()
-    rows = [[part.replace('logits_loss', 'logits + loss'), *cells(parts[part] for parts in phases)] for part in PARTS]
+    rows = [[part.replace('logits_loss', 'logits, loss'), *cells(parts[part] for parts in phases)] for part in PARTS]
     total = ['process', *cells(sum(parts.values()) for parts in phases)]
     return Table(['GiB', *headers], [*rows, total])
 
