@@ -36,6 +36,8 @@ from .plan.memory.estimate import estimate_for, verdict
 from .train.launcher import follow, start
 from .train.dpo import check_preference
 from .train.base_model import validate_method, resolve_device
+from .train.lora import check_targets
+from .train.model_files import check_weights
 from .train.run_folder import RunFolder, create_run, events, send, status, update_manifest
 
 # %% ../nbs/05_pipeline.ipynb #544b83c4
@@ -72,6 +74,8 @@ def check_inputs(
         next_step = 'continue it with --resume, or set another run_name'
         raise RunError('there is a run with this name, and nothing is overwritten', folder, next_step=next_step)
     validate_method(config, resolve_device(config))
+    check_weights(config.model)
+    if config.method != 'full': check_targets(config)
     check_preference(config)
     check_writable(config.runs_dir)
     check_disk(config.runs_dir, needed)

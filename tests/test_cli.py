@@ -1,6 +1,7 @@
 """Whatever is wrong with the input: one clear message, exit code 2, no training, nothing overwritten."""
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -227,3 +228,63 @@ def test_a_full_card_is_the_persons_to_mend(monkeypatch, capsys):
     assert main(['data', '--data', 'x.csv']) == 2
     said = capsys.readouterr().err
     assert 'the GPU is out of memory' in said and 'next step' in said and '--debug' not in said
+
+
+def test_no_command_shows_the_help(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith('usage: homelab-ft') and 'quickstart' in out
+
+
+@pytest.mark.parametrize('argv, said', [(['quikstart'], 'did you mean quickstart?'), (['run', '--max-lenght', '64'], 'did you mean --max-length?'),
+                                        (['run', '--lora-alpha', '8'], '--set lora_alpha=VALUE'), (['run', '--load-in-4bit'], 'method=qlora'),
+                                        (['eval'], 'homelab-ft eval --help'), (['settings', 'lerning_rate'], 'did you mean learning_rate?')])
+def test_a_typo_names_what_was_meant(argv, said, capsys):
+    try: code = main(argv)
+    except SystemExit as e: code = e.code
+    assert code == 2 and said in capsys.readouterr().err
+
+
+def test_an_option_beats_set_which_beats_the_file(here, capsys):
+    from homelab_ft.cli import read_settings
+    write(here, 'c.yaml', 'seed: 1\nlora_r: 2\nmax_length: 99\nruns_dir: elsewhere')
+    config = read_settings(make_parser().parse_args(['run', '--config', 'c.yaml', '--set', 'lora_r=4', '--set', 'seed=3', '--seed', '5']))
+    assert (config.seed, config.lora_r, config.max_length, config.runs_dir) == (5, 4, 99, 'elsewhere')
+    assert 'the option counts, not --set seed=3' in capsys.readouterr().err
+
+
+def test_init_writes_settings_that_run_reads(here, capsys):
+    from homelab_ft.config import load_config
+    assert main(['init', '--data', 'good.csv', '--epochs', '2']) == 0
+    assert load_config('homelab-ft.yaml') == load_config(data='good.csv', num_train_epochs=2)
+    assert main(['init']) == 2 and 'nothing is overwritten' in capsys.readouterr().err
+
+
+def test_output_into_head_is_quiet():
+    command = [sys.executable, '-c', "from homelab_ft.cli import main; raise SystemExit(main(['settings']))"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()      # as `head` does when it has seen enough
+    assert process.stderr.read() == b'' and process.wait() == 141
+
+
+def test_a_name_of_the_catalogue_says_where_to_get_it(here, capsys):
+    for argv in (['run', '--data', 'good.csv', '--model', 'Llama-3.2-1B'], ['data', '--data', 'good.csv', '--model', 'llama-3.2-1b'], ['chat', 'Llama-3.2-1B']):
+        assert main(argv) == 2
+        said = capsys.readouterr().err
+        assert 'hf download meta-llama/Llama-3.2-1B-Instruct' in said and 'hf auth login' in said
+
+
+def test_without_a_network_nothing_waits(here, capsys, monkeypatch):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setenv('HF_ENDPOINT', 'http://localhost:9')      # where nobody listens
+    monkeypatch.setattr('time.sleep', lambda seconds: pytest.fail('something waits for a network'))
+    assert main(['data', '--data', 'good.csv', '--model', 'owner/model']) == 2
+    said = capsys.readouterr().err
+    assert 'cannot be reached' in said and 'hf download owner/model' in said
+
+
+def test_every_model_of_the_catalogue_has_an_address():
+    from homelab_ft.core import hub_id
+    from homelab_ft.plan.model_catalog import CATALOG
+    assert [name for name in CATALOG if not hub_id(name) and not name.endswith('-text')] == []

@@ -152,6 +152,37 @@ def check_sizes(sources):
     return [f'{m}: {n} lines, {MAX_LINES} allowed: split it by subject' for m, n in sizes.items() if n > MAX_LINES]
 
 
+def _called_name(call):
+    "`('AutoConfig', 'from_pretrained')` of `AutoConfig.from_pretrained(...)`; an owner that is no plain name is ''."
+    f = call.func
+    if isinstance(f, ast.Name): return '', f.id
+    if not isinstance(f, ast.Attribute): return '', ''
+    return f.value.id if isinstance(f.value, ast.Name) else '', f.attr
+
+
+def _is_true(call, name, value):
+    "Whether the call passes `name=value`, literally."
+    return any(k.arg == name and isinstance(k.value, ast.Constant) and k.value.value is value for k in call.keywords)
+
+
+def check_loading(sources):
+    """Complaints about calls that may run code from a model folder or read pickled weights.
+
+    transformers asks on a terminal whether to run such code unless `trust_remote_code=False` is passed. peft has no such option."""
+    complaints = []
+    for module, source in sources.items():
+        for call in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)):
+            owner, name = _called_name(call)
+            place = f'{module}: {owner}.{name}, line {call.lineno},'
+            loads = name == 'from_pretrained' or name in ('load_dataset', 'pipeline') or name == 'from_config' and owner.startswith('Auto')
+            if loads and owner != 'PeftModel' and not _is_true(call, 'trust_remote_code', False): complaints.append(f'{place} lacks trust_remote_code=False')
+            is_model = name == 'from_pretrained' and owner not in ('PeftModel', 'AutoConfig', 'AutoTokenizer')
+            if is_model and not _is_true(call, 'use_safetensors', True): complaints.append(f'{place} lacks use_safetensors=True')
+            if (owner, name) == ('torch', 'load') and not _is_true(call, 'weights_only', True): complaints.append(f'{place} lacks weights_only=True')
+            if owner in ('pickle', 'dill', 'joblib') and name in ('load', 'loads'): complaints.append(f'{place} reads a pickle')
+    return complaints
+
+
 def _undocumented_parameters(node, lines):
     "Parameters of a function that have no comment on a line of their own; `lines` are those of the module."
     a = node.args
@@ -279,7 +310,7 @@ def check_all(root=ROOT):
     def per_notebook(check): return [f'{f}: {c}' for f in files for c in check(cells[f])]
     reasons = '\n'.join(s for kind, s in cells.get('explanations/dependencies.ipynb', []) if kind == 'markdown')
     return {'directives': per_notebook(check_directives), 'titles': per_notebook(check_title), 'outputs': [f'{f}: {c}' for f in files for c in check_outputs(executed[f])],
-            'imports': check_strings(sources), 'parameters': check_parameters(sources), 'sizes': check_sizes(sources),
+            'imports': check_strings(sources), 'loading': check_loading(sources), 'parameters': check_parameters(sources), 'sizes': check_sizes(sources),
             'site': check_site((Path(root) / '_quarto.yml').read_text(encoding='utf-8'), files, settings),
             'dependencies': check_dependencies(settings, reasons), 'stray': check_stray(tracked_texts(root))}
 

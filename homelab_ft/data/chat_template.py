@@ -51,8 +51,15 @@ def load_tokenizer(
     from transformers import AutoTokenizer
     template = chat_template and read_template(chat_template)
     path = tokenizer_path(model)
-    try: tok = AutoTokenizer.from_pretrained(path)
+    try: tok = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as e:
+        if 'trust_remote_code' in str(e):
+            raise ModelError(
+                'the tokenizer needs code of its own, which is never run',
+                value=model,
+                allowed='a tokenizer that transformers knows',
+                next_step='choose another model',
+            ) from e
         raise ModelError(
             'the tokenizer cannot be loaded',
             value=f'{model}: {e}',

@@ -20,7 +20,8 @@ from .formats import DatasetFormat, columns_of, detect_format, to_examples
 from .load import error_prefix, load_rows, source_fingerprint
 from .preference import check_objective
 from .split import check_labels, split, split_half
-from .tokenize import TokenCache, Tokenized, load_cache, save_cache, select, tokenize_examples, tokenizer_fingerprint
+from .tokenize import (TokenCache, Tokenized, check_token_ids, load_cache, save_cache, select, tokenize_examples,
+                                       tokenizer_fingerprint)
 from ..io import file_fingerprint, fingerprint, read_jsonl, write_atomic, write_json
 from ..table import Table, table_html, table_markdown
 
@@ -314,5 +315,6 @@ def prepare(
         try: return load_prepared(folder)
         except DataError: pass
     prepared = build_prepared(config, tok, key)
+    check_token_ids(prepared.caches.values(), tok, config.model)
     save_prepared(prepared, folder)
     return prepared

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TokenCache', 'make_cache', 'select', 'save_cache', 'load_cache', 'is_text', 'end_ids', 'encode_text',
            'is_text_dataset', 'control_pattern', 'Tokenized', 'conversations_of', 'tokenize_examples',
-           'tokenizer_fingerprint']
+           'tokenizer_fingerprint', 'embedding_rows', 'check_token_ids']
 
 # %% ../../nbs/data/07_tokenize.ipynb #49ca2488
 import json, re
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import DataError, Example, ModelError
+from ..core import DataError, Example, ModelError, load_model_config
 from .chat_template import encode
 from .load import first_rows
 from ..io import fingerprint, write_atomic
@@ -262,3 +262,29 @@ def tokenizer_fingerprint(
     for setting in ('padding', 'truncation'): rules.pop(setting, None)     # settings of one call
     template = tok.chat_template and tok.get_chat_template()
     return fingerprint({'rules': rules, 'template': template, 'eos': tok.eos_token_id})
+
+# %% ../../nbs/data/07_tokenize.ipynb #fa99a08c
+def embedding_rows(
+    model: str,      # folder, Hub id, or `embedded`
+) -> int:            # None for a folder that holds a tokenizer only
+    "How many tokens the model's embedding table has."
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not (folder / 'config.json').exists(): return None
+    return getattr(load_model_config(model).get_text_config(), 'vocab_size', None)
+
+def check_token_ids(
+    caches,          # `TokenCache`s
+    tok,             # their tokenizer
+    model: str,      # folder, Hub id, or `embedded`
+):
+    "`ModelError` for tokens that the model's embedding table lacks."
+    size = embedding_rows(model)
+    largest = max((int(cache.input_ids.max()) for cache in caches if len(cache.input_ids)), default=0)
+    if size is None or largest < size: return
+    lacking = {int(i) for cache in caches for i in np.unique(cache.input_ids) if i >= size}
+    tokens = ', '.join(f'{tok.convert_ids_to_tokens(i)} ({i})' for i in sorted(lacking)[:4])
+    raise ModelError(
+        'the data uses tokens that the model has no embedding for',
+        value=f'{len(lacking)} tokens: {tokens}',
+        allowed=f'token ids below {size}, the rows of the embedding table of {model}',
+        next_step='take the tokenizer that belongs to this model, and chat_template=FILE with its tokens only')

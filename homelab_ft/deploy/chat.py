@@ -7,7 +7,7 @@ __all__ = ['find_run', 'decode_pieces', 'encode_prompt', 'Chat', 'load_chat']
 
 # %% ../../nbs/deploy/04_chat.ipynb #11d239fa
 from pathlib import Path
-from ..core import DataError
+from ..core import DataError, RunError, hub_id, not_here
 from ..config import make_config
 from ..data.chat_template import end_of_turn_ids, load_tokenizer, prompt_ids
 from ..data.tokenize import end_ids
@@ -23,7 +23,10 @@ def find_run(
     path = Path(target)
     is_hub_id = '/' in str(target) and not path.parent.is_dir()
     if target == 'embedded' or is_hub_id or (path / 'config.json').exists(): return None
-    return open_run(target)
+    try: return open_run(target)
+    except RunError:
+        if known := hub_id(str(target)): raise not_here(str(target), known) from None
+        raise
 
 # %% ../../nbs/deploy/04_chat.ipynb #fa5fc251
 def decode_pieces(
@@ -76,6 +79,11 @@ class Chat:
         if len(ids) >= context:
             raise DataError('the prompt does not fit into the model', value=f'{len(ids)} tokens',
                             allowed=f'fewer than {context}', next_step='shorten it')
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        lacking = [self.tok.convert_ids_to_tokens(i) for i in ids if i >= rows]
+        if lacking:
+            raise DataError('the prompt uses a token that the model has no embedding for', lacking[0],
+                            f'token ids below {rows}', 'take the tokenizer that belongs to this model')
         max_new_tokens = min(max_new_tokens, context - len(ids))
         steps = stream_tokens(self.model, [ids], ends, max_new_tokens, temperature)
         return decode_pieces((tokens[0] for tokens in steps), self.tok)

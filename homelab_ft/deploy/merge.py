@@ -8,7 +8,7 @@ __all__ = ['checkpoint_dtype', 'dequantize_to_cpu', 'load_dense_base', 'load_mer
 # %% ../../nbs/deploy/02_merge.ipynb #b1abb13d
 import logging
 from pathlib import Path
-from ..core import RunError, model_path
+from ..core import RunError, load_model_config
 from ..config import QUANTIZED, RunConfig
 from ..hardware.machine import check_disk, check_writable
 from ..data.chat_template import end_of_turn_ids, load_tokenizer
@@ -24,8 +24,7 @@ def checkpoint_dtype(
     model: str,      # folder, Hub id, or `embedded`
 ) -> str:            # 'bfloat16', 'float16' or 'float32'
     "The type of the checkpoint's weights, as its config says; float32 if it says nothing."
-    from transformers import AutoConfig
-    dtype = AutoConfig.from_pretrained(model_path(model), trust_remote_code=False).dtype
+    dtype = load_model_config(model).dtype
     return str(dtype or 'float32').removeprefix('torch.')
 
 # %% ../../nbs/deploy/02_merge.ipynb #62950c12

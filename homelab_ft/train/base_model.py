@@ -16,6 +16,7 @@ from ..config import QUANTIZED, RunConfig
 from ..io import file_fingerprint, fingerprint
 from ..progress import silence_other_bars
 from .engine.batching import SINGLE_SEQUENCE_OOM
+from .model_files import check_weights, require_complete
 
 # %% ../../nbs/train/01_base_model.ipynb #0253ac26
 def resolve_device(
@@ -106,20 +107,24 @@ def load_base(
     bnb_4bit_quant_type: str = 'nf4',       # or 'fp4'
     bnb_4bit_use_double_quant: bool = True, # quantize the quantization constants too
 ):                                          # a frozen transformers model in evaluation mode
-    "The base model, ready for an adapter; `ModelError` if it cannot be loaded."
+    "The base model, ready for an adapter; `ModelError` if it cannot be loaded as it is."
     quiet_libraries()
     import torch
     from transformers import AutoModelForCausalLM
+    check_weights(model)
     torch_dtype = getattr(torch, dtype)
-    options = dict(dtype=torch_dtype, use_safetensors=True, trust_remote_code=False)
+    options = dict(dtype=torch_dtype, output_loading_info=True)
     quantization = quantization_config(method, torch_dtype, bnb_4bit_quant_type, bnb_4bit_use_double_quant)
     if quantization: options['quantization_config'] = quantization
     if quantization or device == 'cuda': options['device_map'] = {'': 0 if device == 'cuda' else 'cpu'}
-    try: loaded = AutoModelForCausalLM.from_pretrained(model_path(model), **options)
-    except (OSError, ValueError, KeyError) as e:
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(model_path(model), use_safetensors=True,
+                                                            trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, ImportError) as e:
         raise ModelError('the model cannot be loaded', value=f'{model}: {str(e).strip().splitlines()[0]}',
                          allowed='a causal language model that transformers knows',
                          next_step='check the folder or the Hub id') from e
+    require_complete(info, model)
     for module in loaded.modules():
         if hasattr(module, 'support_avx512bf16_for_cpu'): module.support_avx512bf16_for_cpu = False
     return loaded.requires_grad_(False).eval()

@@ -8,6 +8,8 @@ __all__ = ['train_all_weights', 'copy_weights', 'restore_weights', 'save_model_f
 # %% ../../nbs/train/03_full_finetuning.ipynb #b147ff1a
 from pathlib import Path
 
+from .model_files import check_weights
+
 # %% ../../nbs/train/03_full_finetuning.ipynb #94ec438e
 def train_all_weights(
     model,                  # transformers model with float32 weights
@@ -52,6 +54,7 @@ def load_full(
     model,                  # the base, loaded with the dtype and on the device of the result
     folder,                 # from `save_model_folder`
 ):                          # a transformers model, frozen, in evaluation mode
-    "The tuned model in place of the base, which only provides class, dtype and device."
-    tuned = type(model).from_pretrained(str(folder), dtype=model.dtype, use_safetensors=True)
+    "The tuned model in place of the base, which only provides class, dtype and device; `ModelError` if weights are missing."
+    check_weights(str(folder))
+    tuned = type(model).from_pretrained(str(folder), dtype=model.dtype, use_safetensors=True, trust_remote_code=False)
     return tuned.to(model.device).requires_grad_(False).eval()

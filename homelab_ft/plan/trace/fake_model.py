@@ -43,7 +43,7 @@ def on_meta(
 ):                          # causal language model
     "The real model class, without memory."
     from transformers import AutoModelForCausalLM
-    with torch.device('meta'): model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.device('meta'): model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
     return model.requires_grad_(False).eval()
 
