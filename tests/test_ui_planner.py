@@ -1,5 +1,5 @@
 "ui.planner, ui.svg: odd states, escaping, valid pictures, remedies, the map of length by batch."
-import html, re
+import re
 import xml.etree.ElementTree as ET
 
 import numpy as np

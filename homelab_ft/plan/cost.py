@@ -6,13 +6,13 @@
 __all__ = ['TOKEN_BYTES', 'MESSAGE_TOKENS', 'DataSize', 'uniform_size', 'estimate_tokens', 'estimate_data', 'measure_data',
            'RunCost', 'fmt_hours', 'run_cost']
 
-# %% ../../nbs/plan/04_cost.ipynb #bbd4e7bf
+# %% ../../nbs/plan/04_cost.ipynb #e98390ec
 import tempfile
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import Example, ModelError, fmt_duration
+from ..core import Example, ModelError
 from ..config import RunConfig
 from ..hardware.gpu_catalog import Gpu
 from .memory.estimate import MemoryEstimate
@@ -20,7 +20,7 @@ from .memory.spec import EstimateSpec
 from .model_shape import ModelShape
 from .throughput import MEASURED, hours, tokens_per_second, unsupported_reason
 
-# %% ../../nbs/plan/04_cost.ipynb #e7f4a236
+# %% ../../nbs/plan/04_cost.ipynb #b5bc8d7a
 @dataclass(frozen=True)
 class DataSize:
     "The rows that a run trains on."
@@ -80,7 +80,7 @@ def uniform_size(
     lengths = np.full(rows, tokens)
     return DataSize(lengths, lengths * label_share)
 
-# %% ../../nbs/plan/04_cost.ipynb #3fa9bc44
+# %% ../../nbs/plan/04_cost.ipynb #f284dd63
 TOKEN_BYTES, MESSAGE_TOKENS = 3.5, 5
 
 def estimate_tokens(
@@ -106,7 +106,7 @@ def estimate_data(
     sizes = np.array([estimate_tokens(example) for example in train]).clip(1, config.max_length)
     return DataSize(*sizes.T, counted=False)
 
-# %% ../../nbs/plan/04_cost.ipynb #70707c84
+# %% ../../nbs/plan/04_cost.ipynb #a7b061df
 def measure_data(
     config: RunConfig,   # `data`, `model` and what the columns mean
 ) -> DataSize:
@@ -122,7 +122,7 @@ def measure_data(
     labels = [np.add.reduceat(cache.mask, cache.offsets[:-1], dtype=np.int64) for cache in caches]
     return DataSize(np.concatenate([cache.lengths for cache in caches]), np.concatenate(labels))
 
-# %% ../../nbs/plan/04_cost.ipynb #00c2c9d7
+# %% ../../nbs/plan/04_cost.ipynb #bcc142c5
 @dataclass(frozen=True)
 class RunCost:
     "What a run takes beside memory; None is not known."
@@ -162,7 +162,7 @@ def fmt_hours(
     if hours < 1: return f'{60 * hours:.2g} min'
     return f'{hours:.2g} h' if hours < 100 else f'{hours:.0f} h'
 
-# %% ../../nbs/plan/04_cost.ipynb #6bfb9a89
+# %% ../../nbs/plan/04_cost.ipynb #5977be5d
 def run_cost(
     config: RunConfig,       # epochs, packing, price
     shape: ModelShape,       # the model

@@ -20,7 +20,7 @@ from .memory.static import target_linears, trained_matrices
 from .model_shape import ModelShape
 from .search import PlanTarget, checkpointing_words
 
-# %% ../../nbs/plan/09_summary.ipynb #d23a56bc
+# %% ../../nbs/plan/09_summary.ipynb #ae33086f
 @dataclass
 class Plan:
     "What a run would use: settings, memory, and where the data are known, time and cost."
@@ -115,7 +115,7 @@ def answer_line(
     time = plan.cost and plan.cost.short
     return f'{text}; {time}' if plan.fits and time else text
 
-# %% ../../nbs/plan/09_summary.ipynb #b6d9c9fe
+# %% ../../nbs/plan/09_summary.ipynb #c15ebc69
 def fmt_count(
     n: int,          # a number
 ) -> str:            # for example `'8.03 billion'`
@@ -165,7 +165,7 @@ def free_text(
     if plan.fits and plan.estimate.peak > free: text += ': close other programs first'
     return text
 
-# %% ../../nbs/plan/09_summary.ipynb #332e023c
+# %% ../../nbs/plan/09_summary.ipynb #4d6ffc8f
 def parts_table(
     est: MemoryEstimate,     # the estimate
 ) -> Table:
@@ -173,7 +173,7 @@ def parts_table(
     rows = [[PART_LABELS[part], fmt_gib(n), f'{n / est.peak:.0%}'] for part, n in est.parts.items() if n]
     return Table([f'at the peak ({est.phase})', 'memory', 'share'], [*rows, ['in all', fmt_gib(est.peak), '100%']])
 
-# %% ../../nbs/plan/09_summary.ipynb #d5b4e153
+# %% ../../nbs/plan/09_summary.ipynb #c69dc934
 def set_option(
     name: str,       # of a setting
     value,           # its value
@@ -214,10 +214,11 @@ def fitting_text(
     for other in plan.fitting:
         time = f'; {other.cost.short}' if other.cost and other.cost.short else ''
         about = f'# peak {fmt_gib(other.estimate.peak)}{time}' + f'; {other.note}' * bool(other.note)
-        blocks.append('\n'.join([*textwrap.wrap(f'  {about}', width, subsequent_indent='  # '), plan_command(other, width)]))
+        comment = textwrap.wrap(f'  {about}', width, subsequent_indent='  # ')
+        blocks.append('\n'.join([*comment, plan_command(other, width)]))
     return '\n\n'.join(blocks)
 
-# %% ../../nbs/plan/09_summary.ipynb #6b678a56
+# %% ../../nbs/plan/09_summary.ipynb #3386003b
 def aligned(
     rows: list,          # of (name, text)
     width: int = 80,     # columns
@@ -248,7 +249,8 @@ def plan_text(
     width: int = 80,         # columns
 ) -> str:
     "A plan in full: the answer, the settings, the parts."
-    blocks = ['\n'.join(textwrap.wrap(answer_line(plan), width)), textwrap.fill(room_text(plan.estimate, plan.limit_bytes, plan.gpu), width)]
+    room = room_text(plan.estimate, plan.limit_bytes, plan.gpu)
+    blocks = [textwrap.fill(text, width) for text in (answer_line(plan), room)]
     blocks += [textwrap.fill(f'Warning: {text}', width) for text in plan.warnings]
     blocks += [aligned(settings_rows(plan), width), str(parts_table(plan.estimate))]
     if verbose: blocks += details(plan, width)
