@@ -187,7 +187,7 @@ def planner_html(
     parts = answer, bar_svg(est, limit), legend_html(est), suggestions_html(est, state)
     return f'<div style="{FONT}">{"".join(parts)}</div>'
 
-# %% ../../nbs/ui/01_planner.ipynb #a0a6541c
+# %% ../../nbs/ui/01_planner.ipynb #24306a31
 def planner_svg(
     state: PlannerState,     # what the controls say; raises what `planner_estimate` raises
 ) -> str:                    # an SVG file
@@ -291,7 +291,7 @@ def data_state(
     return replace(
         state, rows=size.rows, row_tokens=round(size.mean), length=max(16, size.longest), label_share=max(share, 0.01))
 
-# %% ../../nbs/ui/01_planner.ipynb #eb111fbd
+# %% ../../nbs/ui/01_planner.ipynb #40877025
 def planner_yaml(
     state: PlannerState,     # what the controls say
     data=None,               # the data file, if there is one
