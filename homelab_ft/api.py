@@ -75,16 +75,20 @@ def plan_config(
     from homelab_ft.plan.memory.estimate import estimate_for
     from homelab_ft.plan.memory.overhead import overhead_offset_for
     from homelab_ft.plan.model_shape import model_shape
+    from homelab_ft.plan.search import settle_dtype
+    from homelab_ft.plan.summary import plan_warnings
     shape = model_shape(config.model)
     if given is None: given = {name: getattr(config, name) for name in config.model_fields_set}
     if size is None and config.data: size = measure_data(config)
     if config.device == 'auto': config = config.model_copy(update=dict(device=target.device))
     offset = overhead_offset_for(target.name)
+    config = settle_dtype(config, target)
     config, choice = autoconfigure(config, size.lengths if size and size.counted else None, target.limit, offset)
     bounded, share = longest_batch(config, size)
     estimate = estimate_for(bounded, shape, share, limit_bytes=target.limit, overhead_offset=offset)
     cost = run_cost(config, shape, estimate, size, target.gpu) if size else None
-    return Plan(config, target, shape, estimate, choice, offset, size, cost, given, config_file)
+    warnings = plan_warnings(target, estimate)
+    return Plan(config, target, shape, estimate, choice, offset, size, cost, given, config_file, warnings)
 
 # %% ../nbs/07_api.ipynb #0362b8d9
 def changed_plan(
