@@ -16,7 +16,7 @@ from homelab_ft.plan.summary import plan_json, plan_text
 
 LLAMA = ['--model', 'Llama-3.1-8B']
 CASES = [
-    [*LLAMA, '--gpu', '4090'], [*LLAMA, '--gpu', '3060', '--set', 'method=lora', '--set', 'max_length=4096'], ['--model', 'Llama-3.1-70B', '--gib', '24'], ['--gib', '8'],
+    [*LLAMA, '--gpu', '4090'], [*LLAMA, '--gpu', 'rtx-3060-12gb', '--set', 'method=lora', '--set', 'max_length=4096'], ['--model', 'Llama-3.1-70B', '--gib', '24'], ['--gib', '8'],
     [*LLAMA, '--gpu', 'h200', '--set', 'method=full'], [*LLAMA, '--gib', '24', '--set', 'per_device_train_batch_size=64', '--set', 'objective=dpo'], [],
 ]
 
@@ -82,7 +82,7 @@ def test_only_what_was_chosen_is_named(capsys):
     assert chosen() == ['method,', 'optimizer,', 'batch']
     assert chosen('--set', 'method=qlora') == ['optimizer,', 'batch']
     assert chosen('--set', 'method=qlora', '--set', 'optim=adamw_8bit', '--set', 'per_device_train_batch_size=2') == []
-    verbose = printed(capsys, *LLAMA, '--gpu', '3060', '--set', 'method=qlora', '--verbose')[1]
+    verbose = printed(capsys, *LLAMA, '--gpu', 'rtx-3060-12gb', '--set', 'method=qlora', '--verbose')[1]
     assert 'not all weights' not in verbose and 'micro-batches' in verbose
 
 
@@ -125,8 +125,8 @@ def test_total_and_free_ram_are_told_apart(capsys):
 
 
 def test_python_and_the_command_line_say_the_same(capsys):
-    planned = plan('Llama-3.1-8B', gpu='3060', method='lora', max_length=1024)
-    assert str(planned) == printed(capsys, *LLAMA, '--gpu', '3060', '--set', 'method=lora', '--set', 'max_length=1024')[1].rstrip('\n')
+    planned = plan('Llama-3.1-8B', gpu='rtx-3060-12gb', method='lora', max_length=1024)
+    assert str(planned) == printed(capsys, *LLAMA, '--gpu', 'rtx-3060-12gb', '--set', 'method=lora', '--set', 'max_length=1024')[1].rstrip('\n')
     page = planned._repr_html_()
     assert '<svg' in page and 'Does not fit' in page and 'homelab-ft plan --model' in page
 

@@ -27,7 +27,8 @@ from ..hardware.gpu_catalog import Gpu, find_gpu, machine_gpu, read_gpus
 from ..hardware.machine import detect_machine
 from ..plan.limits import length_batch_map
 from ..plan.cost import RunCost, measure_data, run_cost, uniform_size
-from ..plan.memory.estimate import METHODS, OPTIMIZER_BYTES, EstimateSpec, MemoryEstimate, model_shape
+from ..plan.memory.estimate import (
+    METHODS, OPTIMIZER_BYTES, EstimateSpec, MemoryEstimate, model_shape, uncertainty)
 from ..plan.model_catalog import KNOWN
 from ..plan.remedies import remedies
 from ..plan.search import checkpointing_words, estimate_policies
@@ -171,6 +172,7 @@ def planner_lines(
         f'checkpointing: {checkpointing_words(est.policies)}{offloaded}{step}',
         f'global batch: {global_batch} sequences',
     ]
+    if est.estimated: lines.append(uncertainty(est))
     if not est.fits(state.limit): return lines
     cost = planner_cost(state, est)
     time = cost.short or 'time not known'
