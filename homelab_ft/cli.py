@@ -74,10 +74,9 @@ def read_settings(
 def print_result(
     run,                 # a finished run
 ):
-    "The last table, the conclusion and where everything is."
-    from homelab_ft.evaluate.compare import load_evaluation
-    from homelab_ft.pipeline import summary_table
-    print(f'\n{summary_table(run)}\n\n{load_evaluation(run).conclusion}\n')
+    "The conclusion, the metrics and sample answers, the cost, and where everything is."
+    from homelab_ft.pipeline import result_text
+    print(f'\n{result_text(run)}\n')
     print(f'report  {run.report_path}\nmodel   {run.merged_path}\nask it  homelab-ft chat {run.path}')
 
 def quickstart(

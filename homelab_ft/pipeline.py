@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUICKSTART', 'quickstart_config', 'required_disk_bytes', 'check_inputs', 'largest_batch', 'plan_run',
            'training_sequences', 'plan_warnings', 'new_run', 'evaluate_and_export', 'stop_on_ctrl_c', 'train_here',
-           'run_pipeline', 'resume_pipeline', 'read_projection', 'project_from_first_steps', 'summary_table']
+           'run_pipeline', 'resume_pipeline', 'read_projection', 'project_from_first_steps', 'result_text']
 
 # %% ../nbs/05_pipeline.ipynb #a2704562
 import json, os, shutil, signal, tempfile, threading, time
@@ -25,7 +25,6 @@ from .deploy.parity import load_parity, parity
 from .deploy.registry import register
 from .deploy.report import cost_table, write_report
 from .evaluate.compare import compare, load_evaluation
-from .table import Table
 from .io import append_jsonl, now
 from .plan.autoconfigure import autoconfigure
 from .train.projection import Projection
@@ -276,11 +275,9 @@ def project_from_first_steps(
     raise RunError('the run is too short for a projection', allowed='at least five steps', next_step=next_step)
 
 # %% ../nbs/05_pipeline.ipynb #af6746fc
-def summary_table(
+def result_text(
     run: RunFolder,      # a finished run
-) -> Table:
-    "Base and fine-tuned with intervals, then time, energy and cost of the training."
-    measures = load_evaluation(run).table()
+) -> str:
+    "Conclusion, metrics, sample answers, then time, energy and cost of the training; fits 80 columns."
     cost = cost_table(json.loads(run.entry_path.read_text(encoding='utf-8')))
-    rows = [row[:-1] for row in measures.rows] + [[name, '', value, ''] for name, value in cost.rows]
-    return Table(['metric', 'base', 'fine-tuned', measures.headers[3]], rows)
+    return f'{load_evaluation(run)}\n\n{cost}'

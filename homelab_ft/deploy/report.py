@@ -56,8 +56,7 @@ def report_markdown(
     settings = Table(['setting', 'value'], list(changed_settings(run.config()).items()))
     data, base = (entry[key]['fingerprint'] or '' for key in ('data', 'base_model'))
     versions = [f'{name} {version}' for name, version in manifest['versions'].items()]
-    parts = [f'# {run.name}', f'**{evaluation.conclusion}**' if evaluation else 'Not evaluated.']
-    if evaluation: parts.append(table_markdown(evaluation.table()))
+    parts = [f'# {run.name}', evaluation._repr_markdown_() if evaluation else 'Not evaluated.']
     parts += ['## What it took',
               table_markdown(cost_table(entry, manifest.get('predicted_peak_bytes'))),
               '## Loss',
