@@ -189,7 +189,7 @@ def evaluate_and_export(
     if not run.merged_path.exists(): merge(run)
     comparison = load_parity(run) or parity(run)
     if not comparison.passed:
-        log(f'the merged model answers differently from the adapter: do not ship it\n{comparison}')
+        log(f'the merged model answers differently from the fine-tuned model: do not ship it\n{comparison}')
     write_report(run, register(run), evaluation, comparison)
     return evaluation
 
