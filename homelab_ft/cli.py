@@ -223,7 +223,7 @@ def chat(
 def models(
     args,                # parsed arguments
 ):
-    "List the finished runs, the largest gain first."
+    "List the finished runs, better ones first."
     from homelab_ft.deploy.registry import models
     table = models(args.runs_dir)
     print(table if table.rows else 'no finished runs yet; homelab-ft quickstart makes one')
