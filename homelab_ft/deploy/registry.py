@@ -12,6 +12,7 @@ from ..core import RunError, fmt_duration
 from ..table import Table
 from ..io import file_fingerprint, now, write_json
 from ..evaluate.compare import MetricResult, upgrade_keys
+from ..train.lora import adapter_fingerprint, is_current
 from ..train.run_folder import RunFolder, events
 
 # %% ../../nbs/deploy/01_registry.ipynb #6d47092b
@@ -39,7 +40,7 @@ PATH_SETTINGS = 'model', 'data', 'test_data', 'chat_template', 'runs_dir'
 def register(
     run: RunFolder,      # a finished run
 ) -> dict:               # the entry
-    "Write the run's entry.json and return it; `RunError` for a run that is not finished."
+    "Write the run's entry.json, with what was measured on its present adapter; `RunError` for a run that is not finished."
     finished = [e for e in events(run) if e['event'] == 'finished']
     weights = next(run.adapter_path.glob('*.safetensors'), None)
     if not finished or not weights:
@@ -52,7 +53,10 @@ def register(
         if key != 'model' or path.is_dir(): settings[key] = settings[key] and path.name
     data = read_json(run.data_path / 'data.json')
     manifest = run.manifest()
-    evaluation = upgrade_keys(read_json(run.evaluation_path))
+    parity_path = run.path / 'parity.json'
+    evaluation, parity = upgrade_keys(read_json(run.evaluation_path)), read_json(parity_path)
+    if not is_current(run, run.evaluation_path, evaluation.get('adapter', '')): evaluation = {}
+    if not is_current(run, parity_path, parity.get('adapter', '')): parity = {}
     end = finished[-1]
     entry = dict(
         name=run.name,
@@ -63,7 +67,8 @@ def register(
         adapter=dict(
             path=run.adapter_path.name,
             bytes=weights.stat().st_size,
-            sha256=file_fingerprint(weights)),
+            sha256=file_fingerprint(weights),
+            fingerprint=adapter_fingerprint(run)),
         data=dict(
             name=settings['data'],
             fingerprint=data.get('fingerprint'),
@@ -75,7 +80,7 @@ def register(
             end.get('energy_source', 'not measured'),
             config.electricity_price,
             config.currency),
-        parity=read_json(run.path / 'parity.json') or None,
+        parity=parity or None,
         versions=manifest.get('versions'),
         config=settings)
     write_json(run.entry_path, entry)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RENAMED_KEYS', 'MetricResult', 'Evaluation', 'draw', 'EvaluationData', 'load_evaluation_data', 'label_token_ids',
            'answer_greedily', 'ModelScores', 'score_model', 'metric_results', 'base_model_of', 'compare',
-           'upgrade_keys', 'load_evaluation']
+           'upgrade_keys', 'load_evaluation', 'current_evaluation']
 
 # %% ../../nbs/evaluate/05_compare.ipynb #f3e9e6a9
 import json, time
@@ -24,6 +24,7 @@ from .likelihood import perplexity, sequence_nll
 from .metrics import exact_matches, macro_f1, prefers_chosen, reward_accuracy
 from .inference import generate_greedy, label_logprobs, load_fine_tuned
 from ..train.base_model import load_base
+from ..train.lora import adapter_fingerprint, is_current
 from ..train.run_folder import RunFolder
 
 # %% ../../nbs/evaluate/05_compare.ipynb #b0ef4eca
@@ -74,6 +75,7 @@ class Evaluation:
     classes: list = field(default_factory=list)   # dicts: row, true, base, fine_tuned
     seconds: float = 0.            # time for both models
     time: str = ''                 # when, UTC
+    adapter: str = ''              # fingerprint of the adapter
 
     @property
     def worse(self) -> list:
@@ -287,6 +289,7 @@ def compare(
     began = time.perf_counter()
     config = config or run.config()
     data = load_evaluation_data(run, config)
+    adapter = adapter_fingerprint(run)
     model = model or load_fine_tuned(run, config)
     tok = tok or load_tokenizer(config.model, config.chat_template, needs_template=False)
     fine_tuned = score_model(model.eval(), tok, data, config, progress)
@@ -305,7 +308,8 @@ def compare(
         answers=answers,
         classes=classes,
         seconds=time.perf_counter() - began,
-        time=now())
+        time=now(),
+        adapter=adapter)
     write_json(run.evaluation_path, asdict(result) | {'conclusion': result.conclusion})
     return result
 
@@ -333,3 +337,11 @@ def load_evaluation(
     record.pop('conclusion', None)
     record['metrics'] = [MetricResult(**m) for m in record['metrics']]
     return Evaluation(**record)
+
+def current_evaluation(
+    run: RunFolder,        # any run
+) -> Evaluation:           # None if it was not evaluated, or with an earlier adapter
+    "The stored evaluation of the adapter as it is now."
+    if not run.evaluation_path.exists(): return None
+    evaluation = load_evaluation(run)
+    return evaluation if is_current(run, run.evaluation_path, evaluation.adapter) else None

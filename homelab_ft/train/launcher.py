@@ -8,7 +8,7 @@ __all__ = ['ALLOCATOR', 'EVENT_MESSAGES', 'start', 'follow']
 # %% ../../nbs/train/09_launcher.ipynb #860f14ef
 import os, subprocess, sys, time
 
-from ..core import RunError
+from ..core import HomelabError, RunError
 from ..progress import Progress
 from .run_folder import RunFolder, RunStatus, check_start, events, status
 
@@ -39,7 +39,7 @@ def follow(
     run: RunFolder,         # the run
     process,                # from `start`
 ) -> RunStatus:             # finished or stopped
-    "A progress bar until the training process ends; `RunError` with the end of its log if it failed."
+    "A progress bar until the training process ends; if it failed, its own error, or a `RunError` with the end of its log."
     n_shown, code = 0, None
     with Progress('loading the model', unit='steps', remains=True) as bar:
         while code is None:
@@ -53,6 +53,7 @@ def follow(
             bar.update(now.step - bar.done, title, now.total_steps)
             if code is None: time.sleep(0.5)
     if code == 0: return now
+    if happened and (details := happened[-1].get('details')): raise HomelabError.from_record(details)
     log = run.log_path.read_text(errors='replace') if run.log_path.exists() else ''
     raise RunError(f'training ended with exit code {code}', value=now.error or '\n'.join(log.splitlines()[-8:]),
                    next_step=f'see {run.log_path}; then continue with --resume')

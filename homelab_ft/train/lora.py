@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['linear_layers', 'last_parts', 'resolve_targets', 'check_targets', 'attach_lora', 'attach', 'trainable_parameters',
-           'adapter_tensors', 'set_adapter', 'adapter_config', 'save_adapter', 'need_trained', 'load_adapter']
+           'adapter_tensors', 'set_adapter', 'adapter_config', 'save_adapter', 'need_trained', 'load_adapter',
+           'adapter_files', 'adapter_fingerprint', 'is_current']
 
 # %% ../../nbs/train/02_lora.ipynb #a198d465
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from ..core import ConfigError, ModelError, RunError, embedded_model, near_matches
 from ..config import RunConfig
+from ..io import file_fingerprint, fingerprint
 from .checkpoint import write_folder
 from .full_finetuning import copy_weights, load_full, restore_weights, save_model_folder, train_all_weights
 from .engine.ops.neftune import add_neftune
@@ -161,3 +163,27 @@ def load_adapter(
     except (RuntimeError, ValueError, OSError) as e:
         raise ModelError('the adapter does not fit this base model', value=str(e).strip().splitlines()[0],
                          next_step='load the base it was trained on') from e
+
+# %% ../../nbs/train/02_lora.ipynb #e18d59bb
+def adapter_files(
+    run,                    # `RunFolder`
+) -> list:                  # of paths
+    "Trained weights and their settings."
+    return [p for p in sorted(run.adapter_path.glob('*')) if p.suffix == '.safetensors' or p.name.endswith('config.json')]
+
+def adapter_fingerprint(
+    run,                    # `RunFolder`
+) -> str:                   # 64 hexadecimal digits; '' before there is an adapter
+    "SHA-256 over the run's trained weights and their settings."
+    files = adapter_files(run)
+    return fingerprint({p.name: file_fingerprint(p) for p in files}) if files else ''
+
+def is_current(
+    run,                    # `RunFolder`
+    path: Path,             # a file that was made from its adapter
+    recorded: str,          # the adapter's fingerprint as it says; empty for old versions
+) -> bool:                  # False if there is no such file
+    "Whether a result belongs to the adapter as it is now."
+    if not path.exists(): return False
+    if recorded: return recorded == adapter_fingerprint(run)
+    return all(p.stat().st_mtime <= path.stat().st_mtime for p in adapter_files(run))
