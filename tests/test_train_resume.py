@@ -114,10 +114,9 @@ def test_a_new_learning_rate_takes_effect_once_and_is_recorded(stopped):
     assert saved['state']['changes'] == 1 and {g['weight_decay'] for g in saved['optimizer']['param_groups']} == {0.1}
 
 
-def test_a_live_learning_rate_survives_a_resume_that_changes_something_else(stopped):
+def test_a_new_length_takes_effect_and_the_learning_rate_stays(stopped):
     run, _ = stopped
     change_settings(run, max_steps=6, eval_steps=3)
-    append_jsonl(run.control_path, {'command': 'learning_rate', 'value': 5e-3})      # read by nobody: written before the start
     assert training.train(run, resume=True).step == 6 and rates(run)[6] == 1e-2
     assert [r['step'] for r in history(run)['eval']] == [3, 6]
 
