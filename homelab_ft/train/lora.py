@@ -17,7 +17,7 @@ from ..io import file_fingerprint, fingerprint
 from .checkpoint import write_folder
 from .full_finetuning import copy_weights, load_full, restore_weights, save_model_folder, train_all_weights
 from .engine.ops.neftune import add_neftune
-from .model_files import check_weights
+from .model_files import check_weights, name_some, read_shapes
 
 # %% ../../nbs/train/02_lora.ipynb #ec13d966
 def linear_layers(
@@ -154,15 +154,23 @@ def load_adapter(
     trainable: bool = False,  # to train an adapter further
 ):                          # peft's PeftModel, or the fully fine-tuned transformers model
     "The base with a saved adapter, or the fully fine-tuned model; `ModelError` if there is none or it does not fit."
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
     if (Path(folder) / 'config.json').exists(): return load_full(model, folder)
     if not (Path(folder) / 'adapter_config.json').exists():
         raise ModelError('there is no adapter in this folder', value=folder,
                          allowed='adapter_config.json and adapter_model.safetensors', next_step='check the path')
-    try: return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable).eval()
+    weights = Path(folder) / 'adapter_model.safetensors'
+    if not weights.exists():
+        raise ModelError('the adapter has no safetensors weights', folder, weights.name, 'save it again with safe_serialization=True')
+    stored = read_shapes(weights)
+    try: loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable).eval()
     except (RuntimeError, ValueError, OSError) as e:
         raise ModelError('the adapter does not fit this base model', value=str(e).strip().splitlines()[0],
                          next_step='load the base it was trained on') from e
+    lacking = get_peft_model_state_dict(loaded, save_embedding_layers=False).keys() - stored.keys()
+    if not lacking: return loaded
+    raise ModelError('the adapter lacks weights', f'{folder}: {name_some(lacking)}', 'all that adapter_config.json describes',
+                     'copy the adapter again, or train it again')
 
 # %% ../../nbs/train/02_lora.ipynb #e18d59bb
 def adapter_files(
