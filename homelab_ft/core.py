@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['KiB', 'MiB', 'GiB', 'MB', 'GB', 'fmt_gib', 'fmt_duration', 'HomelabError', 'ConfigError', 'DataError', 'ModelError',
-           'RunError', 'HardwareError', 'near_matches', 'Example', 'package_file', 'embedded_model', 'model_path',
-           'load_model_config']
+           'RunError', 'HardwareError', 'near_matches', 'Example', 'package_file', 'embedded_model', 'hub_id',
+           'licence_step', 'not_here', 'hub_reachable', 'check_hub', 'model_path', 'load_model_config']
 
 # %% ../nbs/00_core.ipynb #4d72ba10
-import difflib, re
+import difflib, os, re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -120,6 +120,62 @@ def embedded_model() -> Path:
     "Folder of the base model in this package; `AutoModelForCausalLM.from_pretrained` loads it."
     return package_file('assets/base_model')
 
+# %% ../nbs/00_core.ipynb #436e7a9b
+def hub_id(
+    name: str,       # of the model catalogue, or the last part of a Hub id, in any case
+) -> str:            # Hub id, or None
+    "The repository on the Hugging Face Hub that a model's name means."
+    import yaml
+    ids = yaml.safe_load(package_file('plan/hub_ids.yaml').read_text(encoding='utf-8'))['ids']
+    meant = {known.lower(): repository for known, repository in ids.items()}
+    meant |= {repository.split('/')[1].lower(): repository for repository in ids.values()}
+    return meant.get(name.lower())
+
+def licence_step(
+    model: str,      # Hub id
+) -> str:            # lines, empty if no licence has to be accepted
+    "What to do before a model of some owners can be downloaded."
+    import yaml
+    gated = yaml.safe_load(package_file('plan/hub_ids.yaml').read_text(encoding='utf-8'))['gated']
+    if model.split('/')[0] not in gated: return ''
+    return f'\n  before that, accept its licence and log in:\n    https://huggingface.co/{model}\n    hf auth login'
+
+def not_here(
+    name: str,       # of the catalogue
+    model: str,      # its Hub id
+) -> ModelError:
+    "The error for a model that is known by name only."
+    step = f'give its Hub id, which downloads it:\n    --model {model}\n  or download it beforehand:\n    hf download {model}'
+    return ModelError('the weights of this model are not here', name, 'a model folder, a Hub id, or embedded',
+                      step + licence_step(model))
+
+# %% ../nbs/00_core.ipynb #b86b6c4c
+def hub_reachable(
+    seconds: float = 3.,   # to wait
+) -> bool:
+    "Whether the Hub answers; assumed behind a proxy."
+    import socket
+    from urllib.parse import urlsplit
+    if any(os.environ.get(name) for name in ('HTTPS_PROXY', 'https_proxy', 'ALL_PROXY', 'all_proxy')): return True
+    url = urlsplit(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co')
+    try: socket.create_connection((url.hostname, url.port or 443), seconds).close()
+    except OSError: return False
+    return True
+
+def check_hub(
+    model: str,      # Hub id
+):
+    "`ModelError` if a model is neither in the cache nor can be downloaded; without a network, the cache is used."
+    from huggingface_hub import constants, try_to_load_from_cache
+    if not constants.HF_HUB_OFFLINE and hub_reachable(): return
+    if isinstance(try_to_load_from_cache(model, 'config.json'), str):
+        os.environ['HF_HUB_OFFLINE'] = '1'       # for processes started from here
+        constants.HF_HUB_OFFLINE = True
+        return
+    reason = 'HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else 'the Hugging Face Hub cannot be reached'
+    step = f'where there is a network:\n    hf download {model}'
+    raise ModelError(f'the model is not on this machine, and {reason}', model, 'a model folder, or a downloaded Hub id', step)
+
 # %% ../nbs/00_core.ipynb #8c5ec430
 def model_path(
     model: str,      # folder, Hub id, or `embedded`
@@ -127,8 +183,11 @@ def model_path(
     "The place to load a model from; a folder without config or weights is refused here, before any work."
     if model == 'embedded': return str(embedded_model())
     folder = Path(model).expanduser()
-    if not folder.exists() and re.fullmatch(r'[\w.-]+/[\w.-]+', model): return model
+    if not folder.exists() and re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', model):
+        check_hub(model)
+        return model
     if not folder.is_dir():
+        if known := hub_id(model): raise not_here(model, known)
         allowed = 'a folder, a Hub id like owner/name, or embedded'
         raise ModelError('there is no such model folder', model, allowed, 'check the path')
     if not (folder / 'config.json').exists():

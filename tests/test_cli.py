@@ -1,6 +1,7 @@
 """Whatever is wrong with the input: one clear message, exit code 2, no training, nothing overwritten."""
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -257,7 +258,30 @@ def test_init_writes_settings_that_run_reads(here, capsys):
 
 
 def test_output_into_head_is_quiet():
-    import subprocess
-    piped = subprocess.run(f'{sys.executable} -c "from homelab_ft.cli import main; raise SystemExit(main([\'settings\']))" | head -n 1; echo ${{PIPESTATUS[0]}}',
-                           shell=True, executable='/bin/bash', capture_output=True, text=True)
-    assert piped.stderr == '' and piped.stdout.split() == ['Model', 'and', 'data', '141']
+    command = [sys.executable, '-c', "from homelab_ft.cli import main; raise SystemExit(main(['settings']))"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()      # as `head` does when it has seen enough
+    assert process.stderr.read() == b'' and process.wait() == 141
+
+
+def test_a_name_of_the_catalogue_says_where_to_get_it(here, capsys):
+    for argv in (['run', '--data', 'good.csv', '--model', 'Llama-3.2-1B'], ['data', '--data', 'good.csv', '--model', 'llama-3.2-1b'], ['chat', 'Llama-3.2-1B']):
+        assert main(argv) == 2
+        said = capsys.readouterr().err
+        assert 'hf download meta-llama/Llama-3.2-1B-Instruct' in said and 'hf auth login' in said
+
+
+def test_without_a_network_nothing_waits(here, capsys, monkeypatch):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setenv('HF_ENDPOINT', 'http://localhost:9')      # where nobody listens
+    monkeypatch.setattr('time.sleep', lambda seconds: pytest.fail('something waits for a network'))
+    assert main(['data', '--data', 'good.csv', '--model', 'owner/model']) == 2
+    said = capsys.readouterr().err
+    assert 'cannot be reached' in said and 'hf download owner/model' in said
+
+
+def test_every_model_of_the_catalogue_has_an_address():
+    from homelab_ft.core import hub_id
+    from homelab_ft.plan.model_catalog import CATALOG
+    assert [name for name in CATALOG if not hub_id(name) and not name.endswith('-text')] == []

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import check_repo as repo
-import docs_preview, drop_bars, make_readme, measure_style, site_notebooks
+import docs_preview, drop_bars, make_pictures, make_readme, measure_style, phone, site_notebooks
 from notebook_text import fence, merge_streams, read_directives
 
 ROOT = repo.ROOT
@@ -212,8 +212,49 @@ def test_readme_is_fresh():
     assert (ROOT / 'README.md').read_text(encoding='utf-8') == made, 'python tools/make_readme.py'
 
 
+def run_cells(notebook, folder):
+    "`(committed output, what the cell gives now)` of every code cell that shows something; the cells run in `folder`."
+    import ast
+    names, pairs, here = {}, [], os.getcwd()
+    os.chdir(folder)
+    try:
+        for cell in (c for c in notebook['cells'] if c['cell_type'] == 'code'):
+            *body, last = ast.parse(''.join(cell['source'])).body
+            is_value = isinstance(last, ast.Expr)
+            exec(compile(ast.Module(body if is_value else [*body, last], []), 'cell', 'exec'), names)
+            if is_value: pairs.append((cell['outputs'], eval(compile(ast.Expression(last.value), 'cell', 'eval'), names)))
+    finally: os.chdir(here)
+    return pairs
+
+
+def test_readme_shows_what_was_measured_and_which_models_are_known():
+    pairs = run_cells(json.loads((ROOT / 'nbs' / 'index.ipynb').read_text(encoding='utf-8')), ROOT / 'nbs')
+    assert len(pairs) == 2
+    for outputs, now in pairs:
+        assert ''.join(outputs[0]['data']['text/markdown']) == now._repr_markdown_(), 'run nbs/index.ipynb, then tools/make_readme.py'
+    from homelab_ft.plan.model_catalog import CATALOG
+    models = pairs[1][1]
+    assert sorted(', '.join(row[1] for row in models.rows).split(', ')) == sorted(CATALOG)
+
+
+def test_the_picture_of_the_planner_is_fresh():
+    assert make_pictures.PLANNER.read_text(encoding='utf-8') == make_pictures.planner_picture(), 'python tools/make_pictures.py'
+
+
+@pytest.mark.skipif(phone.find_browser() is None, reason='there is no chromium')
+def test_the_picture_of_the_planner_is_whole():
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as play:
+        page = play.chromium.launch(executable_path=phone.find_browser(), args=['--no-sandbox']).new_page()
+        page.goto(make_pictures.PLANNER.as_uri())
+        height = page.evaluate('document.querySelector("foreignObject > *").scrollHeight')
+        assert make_pictures.HEIGHT - 60 < height <= make_pictures.HEIGHT
+        assert page.evaluate('document.querySelectorAll("foreignObject svg rect").length') > 10
+
+
 def test_readme_links_lead_somewhere():
     targets = re.findall(r'\]\((?![a-z]+:|#)([^)#\s]+)', (ROOT / 'README.md').read_text(encoding='utf-8'))
+    assert any(t.endswith('.svg') for t in targets)
     assert not [t for t in targets if not (ROOT / t).exists()]
 
 
@@ -360,6 +401,26 @@ def for_a_page(
     assert "```python\ndef fence(\n    text,\n    info='',\n)\n```\n\n*A code" in made and made.count(link) == 1
 
 
+def test_every_public_name_has_a_signature():
+    import importlib, inspect
+    for name in sorted(repo.module_sources(ROOT)):
+        module = importlib.import_module(name.removesuffix('.__init__'))
+        for public in getattr(module, '__all__', []):
+            obj = getattr(module, public)
+            if not (inspect.isfunction(obj) or inspect.isclass(obj)): continue
+            text = site_notebooks.signature(obj, public)
+            assert text.startswith((f'def {public}(', f'class {public}(')) and '](' not in text, text
+
+
 def test_links_to_undocumented_names_lead_to_their_page(tmp_path):
     (tmp_path / 'a.html').write_text('<h3 id="run">Run</h3><a href="#run.stop">a</a> <a href="#_pick">b</a> <a href="#walk.stop">c</a>')
     assert docs_preview.check_links(tmp_path) == ['a.html: #walk.stop has no such anchor']
+
+
+@pytest.mark.skipif(phone.find_browser() is None, reason='there is no chromium')
+def test_pages_wider_than_a_phone_are_found(tmp_path):
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    (tmp_path / 'fits.html').write_text(head + '<main><pre style="overflow-x:auto">' + 'x' * 200 + '</pre></main>')
+    (tmp_path / 'wide.html').write_text(head + '<main><p id="long">' + 'x' * 200 + '</p></main>')
+    found = phone.check_width(tmp_path, phone.find_browser())
+    assert len(found) == 1 and found[0].startswith('wide.html: ') and 'id="long"' in found[0]

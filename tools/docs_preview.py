@@ -1,7 +1,7 @@
 """The documentation without Quarto: python tools/docs_preview.py [--links-only]
 
 tools/site_notebooks.py processes the notebooks into _proc/ exactly as for Quarto, then pandoc makes one page each in _docs/,
-with the navigation of _quarto.yml. Leaves with exit code 1 when a link or a picture is dead.
+with the navigation of _quarto.yml. Leaves with exit code 1 when a link or a picture is dead, or a page wider than a phone.
 """
 import json, os, re, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 import pypandoc, yaml
 
+import phone
 from check_repo import read_settings, sidebar
 from notebook_text import fence, join, merge_streams, output_text, read_directives, save_picture
 from site_notebooks import process_notebooks
@@ -121,14 +122,14 @@ def _is_undocumented(anchor, ids):
 
 
 def navigation(entries, titles, page):
-    "The sidebar as HTML, seen from `page`; the section that holds it is open."
+    "The sidebar as HTML, seen from `page`; the first section is open, and the one that holds it."
     link = lambda f: f'<li><a href="{relative(page_name(f), page)}"{" aria-current=page" if page_name(f) == page else ""}>{escape(titles[f])}</a></li>'
     sections = {}
     for section, f in entries: sections.setdefault(section, []).append(f)
     blocks = []
-    for section, files in sections.items():
+    for i, (section, files) in enumerate(sections.items()):
         items = f'<ul>{"".join(map(link, files))}</ul>'
-        is_open = ' open' if page in map(page_name, files) else ''
+        is_open = ' open' if i == 0 or page in map(page_name, files) else ''
         blocks.append(items if section is None else f'<details{is_open}><summary>{escape(section)}</summary>{items}</details>')
     return ''.join(blocks)
 
@@ -177,8 +178,11 @@ def build(proc, out):
 def main():
     start, out = time.monotonic(), ROOT / read_settings(ROOT)['doc_path']
     if sys.argv[1:] != ['--links-only']: build(process_notebooks(), out)
-    complaints = check_links(out)
+    complaints, browser = check_links(out), phone.find_browser()
     print(f'{len(list(out.rglob("*.html")))} pages in {out.name}/ after {time.monotonic() - start:.0f} s; dead links and pictures: {len(complaints)}')
+    too_wide = phone.check_width(out, browser) if browser else []
+    print(f'pages wider than a phone: {len(too_wide) if browser else "not checked, there is no chromium"}')
+    complaints += too_wide
     for c in complaints: print('  ', c)
     return bool(complaints)
 

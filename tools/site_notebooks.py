@@ -54,7 +54,8 @@ def signature(obj, name):
     "The definition of a function or class as text, one parameter a line, each with its comment."
     is_class, comments = inspect.isclass(obj), comments_of(obj)
     fields = getattr(obj, 'model_fields', {})       # of a pydantic class
-    made = inspect.signature(obj)
+    try: made = inspect.signature(obj)
+    except ValueError: return f'class {name}({", ".join(base.__name__ for base in obj.__bases__)})'      # such as a `dict`
     lines = []
     for p in made.parameters.values():
         starred = any(line.startswith(('    *,', '    *')) for line, _ in lines)

@@ -7,7 +7,7 @@ __all__ = ['find_run', 'decode_pieces', 'encode_prompt', 'Chat', 'load_chat']
 
 # %% ../../nbs/deploy/04_chat.ipynb #11d239fa
 from pathlib import Path
-from ..core import DataError
+from ..core import DataError, RunError, hub_id, not_here
 from ..config import make_config
 from ..data.chat_template import end_of_turn_ids, load_tokenizer, prompt_ids
 from ..data.tokenize import end_ids
@@ -23,7 +23,10 @@ def find_run(
     path = Path(target)
     is_hub_id = '/' in str(target) and not path.parent.is_dir()
     if target == 'embedded' or is_hub_id or (path / 'config.json').exists(): return None
-    return open_run(target)
+    try: return open_run(target)
+    except RunError:
+        if known := hub_id(str(target)): raise not_here(str(target), known) from None
+        raise
 
 # %% ../../nbs/deploy/04_chat.ipynb #fa5fc251
 def decode_pieces(

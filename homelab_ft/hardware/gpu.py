@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SLOWDOWN_REASONS', 'query_nvml', 'slowdown_reasons', 'Process', 'process_name', 'list_processes', 'GpuStatus',
-           'of_limit', 'read_gpu_status', 'live_gpu']
+           'of_limit', 'read_gpu_status', 'live_gpu', 'Sampler']
 
 # %% ../../nbs/hardware/02_gpu.ipynb #f75daf12
-import os
+import os, time
 from dataclasses import dataclass
 
 import psutil
@@ -162,3 +162,35 @@ def live_gpu() -> GpuStatus:     # or None
     "The GPU that a run would use, as it is now; None without a GPU."
     nvml, handle = open_gpu()
     return read_gpu_status(nvml, handle) if nvml else None
+
+# %% ../../nbs/hardware/02_gpu.ipynb #ece735da
+class Sampler:
+    "Memory, temperature and power of the GPU, or the process's CPU RAM, at most once in some seconds."
+    def __init__(self,
+        device: str,              # 'cuda' or 'cpu'
+        seconds: float = 2,       # between two readings
+    ):
+        self.seconds, self.last = seconds, -float('inf')
+        self.nvml, self.handle = open_gpu() if device == 'cuda' else (None, None)
+        self.process = psutil.Process()
+
+    def read(self) -> dict:
+        "The figures now, in bytes, degrees Celsius and watts; what is not known is left out."
+        if not self.nvml: return dict(ram_bytes=self.process.memory_info().rss)
+        def query(name, *args): return query_nvml(self.nvml, f'DeviceGet{name}', self.handle, *args)
+        memory = query('MemoryInfo')
+        power, power_limit = query('PowerUsage'), query('EnforcedPowerLimit')
+        figures = dict(
+            gpu_used_bytes=getattr(memory, 'used', None),
+            gpu_total_bytes=getattr(memory, 'total', None),
+            temperature=query('Temperature', 0),
+            power_watts=None if power is None else power / 1000,
+            power_limit_watts=None if power_limit is None else power_limit / 1000)
+        return {name: value for name, value in figures.items() if value is not None}
+
+    def sample(self) -> dict:      # empty between two readings
+        "The figures, if it is time for them."
+        now = time.monotonic()
+        if now - self.last < self.seconds: return {}
+        self.last = now
+        return self.read()

@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core import ModelError, embedded_model, near_matches
+from ..core import ModelError, check_hub, embedded_model, near_matches
 from .model_catalog import CATALOG, KNOWN, MODELS_FILE, known_config
 
 # %% ../../nbs/plan/02_model_shape.ipynb #b3b45385
@@ -247,7 +247,10 @@ def hub_config(
 ) -> Path:
     "A Hub model's `config.json` and nothing else of it, from the local cache if it is there."
     from huggingface_hub import hf_hub_download
-    try: return Path(hf_hub_download(name, 'config.json'))
+    try:
+        check_hub(name)
+        return Path(hf_hub_download(name, 'config.json'))
+    except ModelError: reason = 'no network'
     except Exception as e: reason = type(e).__name__
     near = near_matches(name.split('/')[-1], CATALOG)
     known = f'; known without a network: {", ".join(near)}' if near else ''

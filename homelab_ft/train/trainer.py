@@ -19,6 +19,7 @@ from ..core import HomelabError, RunError
 from ..data.chat_template import load_tokenizer
 from ..data.tokenize import load_cache
 from ..hardware.energy import EnergyMeter
+from ..hardware.gpu import Sampler
 from ..hardware.machine import check_disk, detect_machine
 from .base_model import (base_files, check_base, explain_oom, load_base, model_fingerprint, peak_memory, resolve_device, resolve_dtype,
                                          validate_method, weight_bytes)
@@ -81,6 +82,8 @@ class TrainerContext:
     best: dict = None              # adapter with the best validation loss
     pending: deque = field(default_factory=deque)     # `PendingMetrics`, oldest first
     durations: list = field(default_factory=list)     # seconds of each step of this process
+    recent: deque = field(default_factory=lambda: deque(maxlen=20))     # (tokens, seconds) of the last steps
+    sampler: Sampler = None        # memory, temperature and power for the metrics
     epoch: int = -1                # whose order is in `epoch_order`
     epoch_order: list = None       # micro-batches of each step of the epoch
     clock: float = 0.              # when time was last counted
@@ -104,6 +107,12 @@ class TrainerContext:
             self.epoch = epoch
             self.epoch_order = epoch_steps(self.train.lengths, self.config, epoch)
         return self.epoch_order[i]
+
+    def figures(self) -> dict:
+        "Tokens per second over the last steps, and what the sampler says now."
+        tokens, seconds = map(sum, zip(*self.recent)) if self.recent else (0, 0)
+        speed = dict(tokens_per_second=round(tokens / seconds, 1)) if seconds else {}
+        return speed | (self.sampler.sample() if self.sampler else {})
 
     def count_time(self):
         "Add the time since the last call to the training time."
@@ -134,7 +143,9 @@ def train_step(
 
     state.step += 1
     state.tokens += tokens
-    record = dict(kind='train', step=state.step, learning_rate=rate, tokens=state.tokens, seconds=round(state.seconds, 3))
+    seconds = state.seconds + time.monotonic() - started
+    record = dict(kind='train', step=state.step, learning_rate=rate, tokens=state.tokens, seconds=round(seconds, 3))
+    record |= ctx.figures()
     record |= getattr(ctx.step, 'metrics', {})      # of a preference step
     queue_metrics(ctx, record, loss, norm)
     read_losses(ctx, leave=1 if loss.is_cuda else 0)
@@ -142,6 +153,7 @@ def train_step(
     if len(ctx.durations) > 1:
         state.timed_seconds += ctx.durations[-1]
         state.timed_tokens += tokens
+        ctx.recent.append((tokens, ctx.durations[-1]))
 
 
 def queue_metrics(
@@ -379,7 +391,7 @@ def load_run(
                     trainable_parameters=trainable, parameters=total,
                     weight_bytes=n_bytes, loading_seconds=round(time.monotonic() - started, 2))
     state, meter = TrainState(peak_lr=config.learning_rate), EnergyMeter(config.assumed_watts)
-    ctx = TrainerContext(run, config, model, step, optimizer, train, validation, state, meter)
+    ctx = TrainerContext(run, config, model, step, optimizer, train, validation, state, meter, sampler=Sampler(device))
     state.total_steps = total_steps(ctx.n_sequences, config)
     return ctx
 
