@@ -1,9 +1,7 @@
 "train.resume: a run continues on its own base and rows only, with settings that may change, and a run that diverged has a way out."
 import json, os, shutil
-from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from toy_runs import new_run, rows, save_toy_model
@@ -17,7 +15,7 @@ from homelab_ft.train import trainer as training
 from homelab_ft.train.checkpoint import checkpoints, read_checkpoint
 from homelab_ft.train.launcher import follow, start
 from homelab_ft.train.resume import CHANGEABLE, REASONS, change_settings, why_fixed
-from homelab_ft.train.run_folder import events, history, status, update_manifest
+from homelab_ft.train.run_folder import events, history, status
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -176,7 +174,7 @@ def test_a_run_that_diverged_continues_with_the_command_that_its_error_names(tmp
     step = int(error.what.split()[-1])
     assert error.what.startswith('the loss is no longer a number at step') and error.next_step.startswith('homelab-ft run --resume runs/hot --set')
     left = checkpoints(run.checkpoints_path)
-    assert left and f'the last checkpoint is {left[-1].name}' in error.value and int(left[-1].name[5:]) < step - 1
+    assert left and f'the last good checkpoint is {left[-1].name}' in error.value and int(left[-1].name[5:]) < step - 1
     assert all(t.isfinite().all() for path in left for t in read_checkpoint(path)['adapter'].values())
     command = error.next_step.split()[1:]
     assert cli.main(['train', *command[1:]]) == 0                              # `run` would evaluate, and this toy has no test rows
