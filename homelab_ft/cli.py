@@ -6,7 +6,7 @@
 __all__ = ['SET_HELP', 'RUNS_DIR_HELP', 'ORDER', 'DATA_OPTIONS', 'TRAIN_OPTIONS', 'COMMAND_GROUPS', 'EPILOG', 'add_settings',
            'option_settings', 'read_settings', 'resume_settings', 'print_result', 'quickstart', 'run', 'print_trace',
            'print_fit', 'run_probe', 'plan', 'data', 'train', 'print_unfinished', 'evaluate', 'merge', 'chat', 'models',
-           'control', 'settings', 'init', 'wrap_message', 'Parser', 'describe_commands', 'add_command',
+           'control', 'settings', 'init', 'doctor', 'wrap_message', 'Parser', 'describe_commands', 'add_command',
            'add_training_commands', 'add_plan_options', 'add_run_commands', 'add_help_commands', 'make_parser',
            'print_error', 'main']
 
@@ -92,10 +92,9 @@ def resume_settings(
 def print_result(
     run,                 # a finished run
 ):
-    "The last table, the conclusion and where everything is."
-    from homelab_ft.evaluate.compare import load_evaluation
-    from homelab_ft.pipeline import summary_table
-    print(f'\n{summary_table(run)}\n\n{load_evaluation(run).conclusion}\n')
+    "The conclusion, the metrics and sample answers, the cost, and where everything is."
+    from homelab_ft.pipeline import result_text
+    print(f'\n{result_text(run)}\n')
     print(f'report  {run.report_path}\nmodel   {run.merged_path}\nask it  homelab-ft chat {run.path}')
 
 def quickstart(
@@ -119,31 +118,38 @@ def run(
 
 # %% ../nbs/06_cli.ipynb #5a27a12d
 def print_trace(
-    config: RunConfig,    # the settings
-    limit: int,           # memory of the GPU in bytes
-    about: list,          # what is known of the GPU
-    offset: int,          # bytes that a probe of this GPU added
+    plan,                 # `Plan`
+    width: int,           # columns
 ) -> int:                 # exit code
     "Trace two steps without a GPU, and say whether they fit."
     from homelab_ft.plan.trace.trace import fit_trace
-    arch = 'cpu' if config.device == 'cpu' else 'hopper'
-    verdict = fit_trace(config, limit, arch=arch, overhead_offset=offset)
-    print(*about, verdict.trace, verdict.sentence, sep='\n\n')
+    arch = 'cpu' if plan.config.device == 'cpu' else 'hopper'
+    verdict = fit_trace(plan.config, plan.limit_bytes, arch=arch, overhead_offset=plan.overhead_offset)
+    print(textwrap.fill(verdict.sentence, width), verdict.trace, sep='\n\n')
     return 0 if verdict.fits else 3
 
 def print_fit(
     config: RunConfig,   # the settings; those that were given are kept, but for how the batch is divided
     gpu,                 # the `Gpu`, or bytes
+    width: int,          # columns
 ) -> int:                # exit code
-    "Settings that fit, ranked."
+    "Settings that fit, ranked, and what each gives up."
     from homelab_ft.plan.autoconfigure import choices_table, find_settings, make_search
+    from homelab_ft.plan.cost import measure_data
     from homelab_ft.plan.memory.spec import EstimateSpec
     from homelab_ft.plan.model_shape import model_shape
     names = {'packing', *EstimateSpec.__dataclass_fields__} - {'gradient_accumulation_steps'}
     given = {name: getattr(config, name) for name in names & config.model_fields_set}
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    choices = find_settings(make_search(gpu, model_shape(config.model), config.max_length, batch, **given))
-    print(choices_table(choices) if choices else 'Nothing fits: take a smaller model, or set fewer settings.')
+    lengths = measure_data(config).lengths if config.data else config.max_length
+    search = make_search(gpu, model_shape(config.model), lengths, batch, config.num_train_epochs, **given)
+    choices = find_settings(search)
+    if not choices: print('Nothing fits: take a smaller model, or set fewer settings.')
+    else: print(choices_table(choices))
+    for choice in choices:
+        row = choice.row
+        text = f'{row["method"]}, {row["optimizer"]} gives up: {choice.what_it_gives_up}'
+        print('\n' + textwrap.fill(text, width, subsequent_indent='  '))
     return 0 if choices else 3
 
 def run_probe(
@@ -157,25 +163,24 @@ def run_probe(
 def plan(
     args,                # parsed arguments
 ) -> int:                # exit code
-    "Predict memory, and with --pilot time, energy and cost; exit code 3 if it does not fit."
-    from homelab_ft.api import plan_config
+    "Predict memory, and with --data time, energy and cost; exit code 3 if it does not fit."
+    from homelab_ft.api import full_plan
     from homelab_ft.plan.search import plan_target
     from homelab_ft.plan.summary import plan_json, plan_text
     config, target = read_settings(args), plan_target(args.gpu, args.gib)
-    if args.fit: return print_fit(config, target.gpu or target.limit)
-    planned = plan_config(config, target)
-    config, est, offset = planned.config, planned.estimate, planned.overhead_offset
-    if args.probe: return run_probe(config)
-    about = list(target.facts)
-    if offset: about.append(f'Corrected by a probe of this GPU: {offset / 2**20:+.0f} MiB.')
-    if planned.choice: about.append(f'Chosen, as a run would: {planned.choice}')
-    padded_dora = config.use_dora and est.step == 'padded' and not args.json
-    if args.trace or padded_dora: return print_trace(config, target.limit, about, offset)
-    if args.json: print(plan_json(config, target.name, target.limit, est))
-    else: print(*about, plan_text(est, target.limit), sep='\n\n')
+    width = min(80, shutil.get_terminal_size((80, 24)).columns)
+    if args.fit: return print_fit(config, target.gpu or target.limit, width)
+    in_file = load_config(args.config).model_dump(exclude_unset=True) if args.config else {}
+    given = config.model_dump(exclude_unset=True, exclude={'run_name', 'runs_dir'})
+    given = {name: value for name, value in given.items() if name not in in_file or in_file[name] != value}
+    planned = full_plan(config, target, given, args.config)
+    if args.probe: return run_probe(planned.config)
+    padded_dora = config.use_dora and planned.estimate.step == 'padded' and not args.json
+    if args.trace or padded_dora: return print_trace(planned, width)
+    print(plan_json(planned) if args.json else plan_text(planned, args.verbose, width))
     if args.pilot:
         from homelab_ft.pipeline import project_from_first_steps
-        print(f'\n{project_from_first_steps(config)}')
+        print(f'\n{project_from_first_steps(planned.config)}')
     return 0 if planned.fits else 3
 
 # %% ../nbs/06_cli.ipynb #8e2fd519
@@ -234,18 +239,21 @@ def chat(
     args,                # parsed arguments
 ):
     "Ask a model: a run, a model folder, a Hub id or `embedded`."
-    from homelab_ft.deploy.chat import load_chat
+    from homelab_ft.deploy.chat import answer, load_chat, talk
+    question = args.prompt
+    if not question and not sys.stdin.isatty(): question = sys.stdin.read().strip()
     model = load_chat(args.target)
-    prompts = [args.prompt] if args.prompt else iter(lambda: input('> ').strip(), '')
-    for prompt in prompts:
-        for piece in model.stream(prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature):
-            print(piece, end='', flush=True)
-        print()
+    sampling = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+    if question: return answer(model, question, **sampling)
+    if not sys.stdin.isatty(): return
+    try: import readline    # noqa: F401    arrow keys and earlier questions
+    except ImportError: pass
+    talk(model, args.target, **sampling)
 
 def models(
     args,                # parsed arguments
 ):
-    "List the finished runs, the largest gain first."
+    "List the finished runs, better ones first."
     from homelab_ft.deploy.registry import models
     table = models(args.runs_dir)
     print(table if table.rows else 'no finished runs yet; homelab-ft quickstart makes one')
@@ -273,6 +281,15 @@ def init(
     from homelab_ft.settings import init_config
     path = init_config(read_settings(args), args.file)
     print(f'{path} has all settings, each with its comment\nnext    homelab-ft run --config {path}')
+
+def doctor(
+    args,                # parsed arguments
+) -> int:                # exit code
+    "Check GPU, driver, packages, memory and disk, each with its cure."
+    from homelab_ft.hardware.doctor import collect_facts, diagnose
+    diagnosis = diagnose(collect_facts(args.runs_dir))
+    print(diagnosis)
+    return 1 if diagnosis.broken else 0
 
 # %% ../nbs/06_cli.ipynb #50daaf54
 def wrap_message(
@@ -317,7 +334,7 @@ COMMAND_GROUPS = {
     'all stages': ['quickstart', 'run'],
     'one stage at a time': ['plan', 'data', 'train', 'eval', 'merge', 'chat'],
     'look and steer': ['control', 'models'],
-    'help': ['settings', 'init'],
+    'help': ['settings', 'init', 'doctor'],
 }
 EPILOG = """\
 examples:
@@ -374,6 +391,7 @@ def add_plan_options(
     "Which GPU, and which of several answers."
     add = parser.add_mutually_exclusive_group().add_argument
     add('--gpu', metavar='NAME', help='a GPU that is not in this machine, for example 4090 or "RTX 3080 10 GB"')
+    parser.add_argument('--verbose', action='store_true', help='also all phases, what is given up, and facts about the GPU')
     add('--gib', type=float, metavar='GIB', help='memory of a GPU that is not in this machine, in GiB')
     add = parser.add_mutually_exclusive_group().add_argument
     add('--pilot', action='store_true', help='train a few steps on --data and project time, energy and cost')
@@ -411,6 +429,8 @@ def add_help_commands(
     parser.usage = 'homelab-ft init [FILE] [options]'
     parser.add_argument('file', nargs='?', default='homelab-ft.yaml', metavar='FILE', help='a new file (default: homelab-ft.yaml)')
     add_settings(parser)
+    add = add_command(commands, 'doctor', doctor).add_argument
+    add('--runs-dir', metavar='DIR', default='runs', help=RUNS_DIR_HELP)
 
 def make_parser() -> argparse.ArgumentParser:
     "The parser of `homelab-ft` with all its commands."

@@ -6,15 +6,15 @@
 __all__ = ['DATASET_FORMATS', 'QUANTIZED', 'METHODS', 'ADAPTERS', 'SAME_AS', 'ALIASES', 'BITS', 'ANSWERS_ONLY', 'BY_ITSELF',
            'INSTEAD', 'RENAMED', 'Settings', 'DataSettings', 'MethodSettings', 'TrainSettings', 'ReportSettings',
            'find_contradiction', 'RunConfig', 'near_settings', 'explain_validation_error', 'current_names',
-           'make_config', 'parse_override', 'read_yaml', 'load_config', 'dump_config']
+           'make_config', 'parse_override', 'set_options', 'read_yaml', 'load_config', 'dump_config']
 
 # %% ../nbs/01_config.ipynb #c64fd79f
-import re, sys
+import re, shlex, sys
 from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .core import ConfigError, near_matches
 
@@ -24,7 +24,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra='forbid', validate_assignment=True, allow_inf_nan=False, protected_namespaces=())
 
 # %% ../nbs/01_config.ipynb #9768fb18
-DATASET_FORMATS = ('auto', 'conversational', 'instruction', 'prompt_completion', 'classification', 'preference', 'text')
+DATASET_FORMATS = ('auto', 'conversational', 'instruction', 'prompt_completion', 'classification', 'preference', 'kto', 'text')
 
 class DataSettings(Settings):
     "Which model, which data, and how rows become examples."
@@ -36,9 +36,10 @@ class DataSettings(Settings):
         description='what a row is; auto: found from the columns')
     prompt_column: str | None = Field(None, description='column with the question or instruction')
     completion_column: str | None = Field(None, description='column with the answer to learn')
+    context_column: str | None = Field(None, description='column put below the question, such as a passage or input')
     text_columns: list[str] = Field([],
         description='classification: columns of the question, empty: all but the label; text: its column')
-    label_column: str | None = Field(None, description='classification: column with the class')
+    label_column: str | None = Field(None, description='column with the class; kto: with true or false')
     messages_column: str | None = Field(None, description='conversational: column with the messages')
     chosen_column: str | None = Field(None, description='preference: column with the better answer')
     rejected_column: str | None = Field(None, description='preference: column with the worse answer')
@@ -51,8 +52,16 @@ class DataSettings(Settings):
         description='what to do with rows longer than max_length')
     rare_labels: Literal['error', 'drop'] = Field('error',
         description='what to do with a label that only one row has')
+    near_duplicates: Literal['together', 'apart'] = Field('together',
+        description='in the split; apart: only equal questions stay on one side')
     chat_template: str | None = Field(None,
         description='Jinja file that replaces the chat template of the tokenizer')
+
+    @field_validator('text_columns', mode='before')
+    @classmethod
+    def _one_column(cls, value):
+        "A single name is a list of one."
+        return [value] if isinstance(value, str) and value else value
 
 # %% ../nbs/01_config.ipynb #cf274bfa
 QUANTIZED = ('int8', 'qlora')                 # an adapter beside frozen weights in 8 or in 4 bits
@@ -299,6 +308,25 @@ def parse_override(
         pass
     next_step = 'for example --set lora_r=8'
     raise ConfigError('a --set argument cannot be read', text, 'key=value, the value in YAML', next_step)
+
+# %% ../nbs/01_config.ipynb #472485c5
+def set_options(
+    settings: dict,  # setting -> value
+) -> str:            # for example `--set prompt_column=Frage --set completion_column=Antwort`
+    "Settings as options of the command line, quoted where the shell or YAML needs it."
+    def option(name, value):
+        "One `--set`; YAML reads a plain name as itself unless it looks like something else."
+        written = str(value)
+        if isinstance(value, bool): written = written.lower()
+        if isinstance(value, list): written = '[' + ', '.join(map(quoted, value)) + ']'
+        elif isinstance(value, str): written = quoted(value, is_alone=True)
+        return '--set ' + shlex.quote(f'{name}={written}')
+    def quoted(text, is_alone=False):
+        "The text as YAML."
+        try: is_plain = yaml.safe_load(text if is_alone else f'[{text}]') == (text if is_alone else [text])
+        except yaml.YAMLError: is_plain = False
+        return text if is_plain else yaml.safe_dump(text, allow_unicode=True, default_style='"', width=10**6).strip()
+    return ' '.join(option(name, value) for name, value in settings.items())
 
 # %% ../nbs/01_config.ipynb #113a7754
 def read_yaml(

@@ -42,7 +42,9 @@ def escape_markdown(
     text: str,       # of a cell
 ) -> str:
     "The text without anything that Markdown or HTML would act on."
-    return text.replace('|', '\\|').replace('\n', ' ').replace('<', '&lt;')
+    for mark in '\\`*~$|': text = text.replace(mark, '\\' + mark)
+    text = text.replace('](', ']\\(')                      # a link or a picture
+    return text.replace('\n', ' ').replace('&', '&amp;').replace('<', '&lt;')
 
 def table_markdown(
     table: Table,    # what to show
@@ -57,4 +59,6 @@ def table_html(
 ) -> str:
     "The table in HTML, every cell escaped."
     caption = f'<caption>{html.escape(table.title)}</caption>' if table.title else ''
-    return table.render('html').replace('<table>', f'<table>{caption}', 1)
+    def escape(text): return html.escape(text).replace('\n', '<br>')
+
+    return table.render('unsafehtml', escape).replace('<table>', f'<table>{caption}', 1)

@@ -8,9 +8,9 @@ from homelab_ft.config import make_config
 from homelab_ft.core import RunError
 from homelab_ft.deploy.merge import MERGE_INFO, merge, merged_is_current
 from homelab_ft.deploy.parity import current_parity, load_parity, parity
-from homelab_ft.deploy.registry import register
+from homelab_ft.deploy.registry import current_evaluation, register
 from homelab_ft.deploy.report import report_markdown
-from homelab_ft.evaluate.compare import compare, current_evaluation, load_evaluation
+from homelab_ft.evaluate.compare import compare, load_evaluation
 from homelab_ft.io import append_jsonl, write_json
 from homelab_ft.pipeline import new_run, resume_pipeline
 from homelab_ft.train.lora import adapter_fingerprint

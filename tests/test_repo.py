@@ -26,7 +26,7 @@ def complains(complaints, *words):
 def results(): return repo.check_all(ROOT)
 
 
-@pytest.mark.parametrize('check', ['directives', 'titles', 'outputs', 'imports', 'loading', 'parameters', 'sizes', 'site', 'dependencies', 'stray'])
+@pytest.mark.parametrize('check', ['directives', 'titles', 'outputs', 'imports', 'loading', 'parameters', 'sizes', 'site', 'overviews', 'dependencies', 'stray'])
 def test_repo_is_in_order(results, check):
     assert not results[check], '\n' + '\n'.join(results[check])
 
@@ -308,6 +308,12 @@ def test_bad_sites_are_found():
     complains(repo.check_site(SITE.replace('[plan/cost.ipynb]', '[plan/cost.ipynb, index.ipynb]'), FILES, SETTINGS), 'twice')
 
 
+def test_pages_that_no_overview_links_to_are_found():
+    cells = {'plan/00_overview.ipynb': [('markdown', '| [a](01_a.ipynb) |')], 'plan/01_a.ipynb': [], 'index.ipynb': []}
+    assert repo.check_overviews(cells) == []
+    complains(repo.check_overviews(cells | {'plan/memory/02_b.ipynb': []}), 'does not link to memory/02_b.ipynb')
+
+
 def test_nbs_includes_the_site():
     import yaml
     assert yaml.safe_load((ROOT / 'nbs' / '_quarto.yml').read_text(encoding='utf-8')) == {'metadata-files': ['../_quarto.yml']}
@@ -399,6 +405,18 @@ def for_a_page(
     site_notebooks.mend_signature(cell, 'notebook_text')
     made = cell['outputs'][0]['data']['text/markdown']
     assert "```python\ndef fence(\n    text,\n    info='',\n)\n```\n\n*A code" in made and made.count(link) == 1
+
+
+def test_links_inside_links_are_mended():
+    url = 'https://s.io/b/a.html#a'
+    assert site_notebooks.mend_links(f'see [[`a`]({url})](01_a.ipynb) and [the [`b`]({url}) of [`c`]({url})](x.ipynb), [`d`]({url})') == \
+        f'see [`a`](01_a.ipynb) and [the `b` of `c`](x.ipynb), [`d`]({url})'
+
+
+def test_links_shown_as_markdown_are_found(tmp_path):
+    (tmp_path / 'a.html').write_text('<p><a href="b">[<code>f</code>](https://s.io/b#f)</a></p><pre>def f(a) # [g](https://s.io/b#g)\nx = "[y](z)"</pre><p>f[0](x)</p>')
+    found = docs_preview.check_markup(tmp_path, 'https://s.io')
+    assert [c.rsplit(' ', 1)[1] for c in found] == ['](https://s.io/b#f)', '](x)', '](https://s.io/b#g)']
 
 
 def test_every_public_name_has_a_signature():

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['READERS', 'Row', 'error_prefix', 'first_rows', 'read_text', 'read_csv', 'read_jsonl', 'read_json', 'name_classes',
-           'read_parquet', 'read_saved_dataset', 'read_rows', 'load_rows', 'source_fingerprint']
+           'read_parquet', 'read_saved_dataset', 'read_rows', 'is_missing', 'fill_missing', 'load_rows',
+           'source_fingerprint']
 
 # %% ../../nbs/data/01_load.ipynb #a70edadf
 import csv, io, json, random
@@ -217,6 +218,31 @@ def read_rows(
         next_step='convert it, or unpack it first',
     )
 
+# %% ../../nbs/data/01_load.ipynb #148aa64a
+def is_missing(
+    value,           # a cell
+) -> bool:
+    "True for None, and for what pandas, NumPy and JSON put where there is no value."
+    if value is None or type(value).__name__ in ('NAType', 'NaTType'): return True
+    try: return bool(value != value)      # NaN alone differs from itself
+    except (TypeError, ValueError): return False
+
+def fill_missing(
+    rows: list,      # dicts; changed in place
+) -> list:
+    "The rows with None in every cell without a value, and with whole numbers where a gap had made them fractions."
+    gaps, fractions = set(), set()
+    for row in rows:
+        for column, value in row.items():
+            if is_missing(value):
+                row[column] = None
+                gaps.add(column)
+            elif not (isinstance(value, float) and value.is_integer()): fractions.add(column)
+    for row in rows:
+        for column in (gaps - fractions) & row.keys():
+            if row[column] is not None: row[column] = int(row[column])
+    return rows
+
 # %% ../../nbs/data/01_load.ipynb #3f26dd22
 def load_rows(
     path,                    # CSV, TSV, JSON, JSON lines or Parquet file, or a folder written by `datasets.save_to_disk`
@@ -226,7 +252,7 @@ def load_rows(
 ) -> list:                   # `Row`s: dicts that know their `number` in the file
     "All rows of a data file; `DataError` says what is wrong with a file that cannot be used."
     path = Path(path).expanduser()
-    try: rows = [Row(row) for row in read_rows(path, encoding)]
+    try: rows = fill_missing([Row(row) for row in read_rows(path, encoding)])
     except OSError as e:
         raise DataError(
             f'the data cannot be read: {e.strerror or e}',

@@ -16,7 +16,8 @@ from ..core import ConfigError, DataError, Example
 from .chat_template import Encoded, check_template, show_loss_mask
 from .clean import CleaningReport, clean
 from .dedup import normalise
-from .formats import DatasetFormat, columns_of, detect_format, to_examples
+from .columns import columns_of
+from .formats import DatasetFormat, detect_format, to_examples
 from .load import error_prefix, load_rows, source_fingerprint
 from .preference import check_objective
 from .split import check_labels, split, split_half
@@ -123,10 +124,11 @@ def divide(
             next_step='give another test_data',
         )
     used = check_labels(allowed, config.rare_labels)
-    train, held_out = split(used, source.groups, config.eval_fraction, config.seed)
+    groups = source.groups if config.near_duplicates == 'together' else {e.row: e.row for e in used}
+    train, held_out = split(used, groups, config.eval_fraction, config.seed)
     if test: parts = dict(train=train, validation=held_out, test=test.examples)
     else:
-        validation, tests = split_half(held_out, source.groups, config.seed)
+        validation, tests = split_half(held_out, groups, config.seed)
         parts = dict(train=train, validation=validation, test=tests)
     return Division(parts, in_test=n_rows - len(allowed), rare=len(allowed) - len(used))
 
@@ -183,6 +185,8 @@ def input_fingerprint(
     paths = ('model', 'data', 'test_data', 'chat_template')     # their content counts, not their name
     settings = config.model_dump(include={*DataSettings.model_fields, 'seed'}, exclude={*paths})
     settings['layout'] = settings.pop('dataset_format')         # the fingerprints of older runs stay valid
+    for name in ('context_column', 'near_duplicates'):
+        if settings[name] == RunConfig.model_fields[name].default: del settings[name]
     return fingerprint({
         'form': 1,
         'files': [path and source_fingerprint(path) for path in (config.data, config.test_data)],

@@ -61,9 +61,8 @@ def report_markdown(
     old = [x for x in (evaluation, parity) if x and x.adapter not in ('', adapter)]
     if evaluation in old: evaluation = None
     if parity in old: parity = None
-    parts = [f'# {run.name}', f'**{evaluation.conclusion}**' if evaluation else 'Not evaluated.']
+    parts = [f'# {run.name}', evaluation._repr_markdown_() if evaluation else 'Not evaluated.']
     if old: parts.append(f'There are results of an earlier adapter, which are not shown; {again}.')
-    if evaluation: parts.append(table_markdown(evaluation.table()))
     parts += ['## What it took',
               table_markdown(cost_table(entry, manifest.get('predicted_peak_bytes'))),
               '## Loss',
@@ -72,7 +71,7 @@ def report_markdown(
         lines = data_report.read_text(encoding='utf-8').splitlines()
         lines = ['#' + line if line.startswith('#') else line for line in lines]
         parts.append('\n'.join(lines))
-    if parity: parts += ['## Adapter against merged model', table_markdown(parity.table())]
+    if parity: parts += ['## Fine-tuned against merged model', table_markdown(parity.table())]
     parts += ['## To repeat it',
               '`config.yaml` in this folder repeats the run; what differs from the defaults:',
               table_markdown(settings)]

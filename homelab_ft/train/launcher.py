@@ -8,6 +8,7 @@ __all__ = ['TRAINER', 'ALLOCATOR', 'EVENT_MESSAGES', 'has_ended', 'training_devi
 
 # %% ../../nbs/train/09_launcher.ipynb #860f14ef
 import asyncio, os, subprocess, sys, time
+from pathlib import Path
 
 import psutil
 
@@ -58,10 +59,12 @@ def busy_warning(
     other: RunFolder,       # a run that is being trained
 ) -> str:                   # lines of at most 80 characters, as far as its path allows
     "Which run takes the device, and how to watch or stop it."
-    now, path = status(other), os.path.relpath(other.path)
+    now, path = status(other), other.path.resolve()
+    if path.is_relative_to(Path.cwd()): path = path.relative_to(Path.cwd())
     device = 'GPU' if training_device(other) == 'cuda' else 'CPU'
     return (f'warning: {path} is training on this {device} as well (step {now.step} of {now.total_steps or "?"})\n'
-            f"  watch  homelab-ft control {path}   (in a notebook: dashboard('{path}'))\n"
+            f'  watch  homelab-ft control {path}\n'
+            f"         dashboard('{path}') in a notebook\n"
             f'  stop   homelab-ft control {path} stop')
 
 # %% ../../nbs/train/09_launcher.ipynb #4e6aec6a
