@@ -62,7 +62,7 @@ def test_the_pipeline_makes_them_anew(resumed):
     before, _, run = resumed
     now = adapter_fingerprint(run)
     assert current_evaluation(run).adapter == current_parity(run).adapter == now
-    assert current_evaluation(run).metrics[0].fine_tuned != before['evaluation'].metrics[0].fine_tuned
+    assert current_evaluation(run)['NLL per token'].fine_tuned != before['evaluation']['NLL per token'].fine_tuned
     assert json.loads((run.merged_path / MERGE_INFO).read_text())['adapter'] == now and merged_is_current(run)
     assert (run.merged_path / 'model.safetensors').read_bytes() != before['merged']
     entry = json.loads(run.entry_path.read_text())
