@@ -240,9 +240,9 @@ def chat(
 ):
     "Ask a model: a run, a model folder, a Hub id or `embedded`."
     from homelab_ft.deploy.chat import answer, load_chat, talk
+    model = load_chat(args.target)
     question = args.prompt
     if not question and not sys.stdin.isatty(): question = sys.stdin.read().strip()
-    model = load_chat(args.target)
     sampling = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
     if question: return answer(model, question, **sampling)
     if not sys.stdin.isatty(): return
@@ -322,7 +322,8 @@ class Parser(argparse.ArgumentParser):
         setting = word.lstrip('-').replace('-', '_')
         near = near_matches(word, [*self.commands, *options])
         if word in ALIASES or setting in RunConfig.model_fields or setting in ALIASES:
-            next_step = f'--set {ALIASES.get(setting, setting)}=VALUE'
+            value = re.search(rf'{re.escape(word)}[= ]([^-\s]\S*)', message)
+            next_step = f'--set {ALIASES.get(setting, setting)}={value[1] if value else "VALUE"}'
         elif setting in INSTEAD: next_step = INSTEAD[setting]
         elif near: next_step = f'did you mean {near[0]}?'
         else: next_step = f'{self.prog} --help'
@@ -380,7 +381,8 @@ def add_training_commands(
     add('--set', metavar='KEY=VALUE', action='append', default=[], dest='overrides', help=set_help)
     for name, function in dict(run=run, plan=plan, data=data, train=train).items():
         parser = add_command(commands, name, function)
-        parser.usage = f'homelab-ft {name} --data FILE [--model MODEL] [options]'
+        source = '[--gpu NAME]' if name == 'plan' else '--data FILE'
+        parser.usage = f'homelab-ft {name} {source} [--model MODEL] [options]'
         add_settings(parser, trains=name != 'data')
         if name in ('run', 'train'): parser.add_argument('--resume', metavar='RUN', help='continue a run: its folder or name')
         if name == 'plan': add_plan_options(parser)
@@ -412,7 +414,7 @@ def add_run_commands(
         if name == 'merge': add('--out', metavar='DIR', help='folder for the merged model (default: merged in the run folder)')
         if name == 'control':
             add('command_name', nargs='?', metavar='COMMAND', help='; '.join(f'{k}: {v}' for k, v in COMMANDS.items()))
-            add('value', nargs='?', type=float, help='the new learning rate')
+            add('value', nargs='?', type=float, metavar='VALUE', help='the new learning rate')
     add = add_command(commands, 'chat', chat).add_argument
     add('target', metavar='RUN_OR_MODEL', help="a run's folder, a model folder, a Hub id or embedded")
     add('--prompt', help='ask this and leave')

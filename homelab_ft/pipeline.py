@@ -232,7 +232,7 @@ def run_pipeline(
     auto_settings: bool = False,  # choose what nobody set
 ) -> RunFolder:                   # the finished run
     "All stages on a new run. Bad input raises a `HomelabError` before training."
-    log(f'data      {config.data}')
+    if config.data: log(f'data      {config.data}')
     run = new_run(config, log, auto_settings)
     log(f'train     {run.path}')
     train_here(run)
