@@ -1,5 +1,6 @@
 "The repository itself: what the checks in tools/ find, and that each of them can fail."
-import json, os, re, shutil, subprocess, sys, time
+import io, json, os, re, shutil, subprocess, sys, time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -222,18 +223,21 @@ def run_cells(notebook, folder):
             *body, last = ast.parse(''.join(cell['source'])).body
             is_value = isinstance(last, ast.Expr)
             exec(compile(ast.Module(body if is_value else [*body, last], []), 'cell', 'exec'), names)
-            if is_value: pairs.append((cell['outputs'], eval(compile(ast.Expression(last.value), 'cell', 'eval'), names)))
+            if not is_value: continue
+            with redirect_stdout(io.StringIO()) as printed: value = eval(compile(ast.Expression(last.value), 'cell', 'eval'), names)
+            pairs.append((cell['outputs'], printed.getvalue() if value is None else value))
     finally: os.chdir(here)
     return pairs
 
 
 def test_readme_shows_what_was_measured_and_which_models_are_known():
     pairs = run_cells(json.loads((ROOT / 'nbs' / 'index.ipynb').read_text(encoding='utf-8')), ROOT / 'nbs')
-    assert len(pairs) == 2
+    assert len(pairs) == 3
     for outputs, now in pairs:
-        assert ''.join(outputs[0]['data']['text/markdown']) == now._repr_markdown_(), 'run nbs/index.ipynb, then tools/make_readme.py'
+        committed, now = (outputs[0]['text'], now) if isinstance(now, str) else (outputs[0]['data']['text/markdown'], now._repr_markdown_())
+        assert ''.join(committed) == now, 'run nbs/index.ipynb, then tools/make_readme.py'
     from homelab_ft.plan.model_catalog import CATALOG
-    models = pairs[1][1]
+    models = pairs[2][1]
     assert sorted(', '.join(row[1] for row in models.rows).split(', ')) == sorted(CATALOG)
 
 
@@ -405,6 +409,18 @@ def for_a_page(
     site_notebooks.mend_signature(cell, 'notebook_text')
     made = cell['outputs'][0]['data']['text/markdown']
     assert "```python\ndef fence(\n    text,\n    info='',\n)\n```\n\n*A code" in made and made.count(link) == 1
+
+
+def test_links_inside_links_are_mended():
+    url = 'https://s.io/b/a.html#a'
+    assert site_notebooks.mend_links(f'see [[`a`]({url})](01_a.ipynb) and [the [`b`]({url}) of [`c`]({url})](x.ipynb), [`d`]({url})') == \
+        f'see [`a`](01_a.ipynb) and [the `b` of `c`](x.ipynb), [`d`]({url})'
+
+
+def test_links_shown_as_markdown_are_found(tmp_path):
+    (tmp_path / 'a.html').write_text('<p><a href="b">[<code>f</code>](https://s.io/b#f)</a></p><pre>def f(a) # [g](https://s.io/b#g)\nx = "[y](z)"</pre><p>f[0](x)</p>')
+    found = docs_preview.check_markup(tmp_path, 'https://s.io')
+    assert [c.rsplit(' ', 1)[1] for c in found] == ['](https://s.io/b#f)', '](x)', '](https://s.io/b#g)']
 
 
 def test_every_public_name_has_a_signature():
