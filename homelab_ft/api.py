@@ -68,8 +68,10 @@ def plan_config(
     from homelab_ft.plan.memory.estimate import estimate_for
     from homelab_ft.plan.memory.overhead import overhead_offset_for
     from homelab_ft.plan.model_shape import model_shape
+    from homelab_ft.plan.search import settle_dtype
     if config.device == 'auto': config = config.model_copy(update=dict(device=target.device))
     offset = overhead_offset_for(target.name)
+    config = settle_dtype(config, target)
     config, choice = autoconfigure(config, None, target.limit, offset)
     estimate = estimate_for(config, model_shape(config.model), limit_bytes=target.limit, overhead_offset=offset)
     return Plan(config, target.name, target.limit, estimate, choice, offset)

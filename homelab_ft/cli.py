@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SET_HELP', 'RUNS_DIR_HELP', 'ORDER', 'DATA_OPTIONS', 'TRAIN_OPTIONS', 'COMMAND_GROUPS', 'EPILOG', 'add_settings',
            'read_settings', 'print_result', 'quickstart', 'run', 'print_trace', 'print_fit', 'run_probe', 'plan',
-           'data', 'train', 'evaluate', 'merge', 'chat', 'models', 'control', 'settings', 'init', 'wrap_message',
-           'Parser', 'describe_commands', 'add_command', 'add_training_commands', 'add_plan_options',
+           'data', 'train', 'evaluate', 'merge', 'chat', 'models', 'control', 'settings', 'init', 'doctor',
+           'wrap_message', 'Parser', 'describe_commands', 'add_command', 'add_training_commands', 'add_plan_options',
            'add_run_commands', 'add_help_commands', 'make_parser', 'print_error', 'main']
 
 # %% ../nbs/06_cli.ipynb #0fe0a674
@@ -204,13 +204,16 @@ def chat(
     args,                # parsed arguments
 ):
     "Ask a model: a run, a model folder, a Hub id or `embedded`."
-    from homelab_ft.deploy.chat import load_chat
+    from homelab_ft.deploy.chat import answer, load_chat, talk
+    question = args.prompt
+    if not question and not sys.stdin.isatty(): question = sys.stdin.read().strip()
     model = load_chat(args.target)
-    prompts = [args.prompt] if args.prompt else iter(lambda: input('> ').strip(), '')
-    for prompt in prompts:
-        for piece in model.stream(prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature):
-            print(piece, end='', flush=True)
-        print()
+    sampling = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+    if question: return answer(model, question, **sampling)
+    if not sys.stdin.isatty(): return
+    try: import readline    # noqa: F401    arrow keys and earlier questions
+    except ImportError: pass
+    talk(model, args.target, **sampling)
 
 def models(
     args,                # parsed arguments
@@ -243,6 +246,15 @@ def init(
     from homelab_ft.settings import init_config
     path = init_config(read_settings(args), args.file)
     print(f'{path} has all settings, each with its comment\nnext    homelab-ft run --config {path}')
+
+def doctor(
+    args,                # parsed arguments
+) -> int:                # exit code
+    "Check GPU, driver, packages, memory and disk, each with its cure."
+    from homelab_ft.hardware.doctor import collect_facts, diagnose
+    diagnosis = diagnose(collect_facts(args.runs_dir))
+    print(diagnosis)
+    return 1 if diagnosis.broken else 0
 
 # %% ../nbs/06_cli.ipynb #50daaf54
 def wrap_message(
@@ -287,7 +299,7 @@ COMMAND_GROUPS = {
     'all stages': ['quickstart', 'run'],
     'one stage at a time': ['plan', 'data', 'train', 'eval', 'merge', 'chat'],
     'look and steer': ['control', 'models'],
-    'help': ['settings', 'init'],
+    'help': ['settings', 'init', 'doctor'],
 }
 EPILOG = """\
 examples:
@@ -381,6 +393,8 @@ def add_help_commands(
     parser.usage = 'homelab-ft init [FILE] [options]'
     parser.add_argument('file', nargs='?', default='homelab-ft.yaml', metavar='FILE', help='a new file (default: homelab-ft.yaml)')
     add_settings(parser)
+    add = add_command(commands, 'doctor', doctor).add_argument
+    add('--runs-dir', metavar='DIR', default='runs', help=RUNS_DIR_HELP)
 
 def make_parser() -> argparse.ArgumentParser:
     "The parser of `homelab-ft` with all its commands."

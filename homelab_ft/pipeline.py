@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUICKSTART', 'quickstart_config', 'required_disk_bytes', 'check_inputs', 'largest_batch', 'plan_run',
-           'training_sequences', 'new_run', 'evaluate_and_export', 'stop_on_ctrl_c', 'train_here', 'run_pipeline',
-           'resume_pipeline', 'read_projection', 'project_from_first_steps', 'summary_table']
+           'training_sequences', 'plan_warnings', 'new_run', 'evaluate_and_export', 'stop_on_ctrl_c', 'train_here',
+           'run_pipeline', 'resume_pipeline', 'read_projection', 'project_from_first_steps', 'summary_table']
 
 # %% ../nbs/05_pipeline.ipynb #a2704562
 import json, os, shutil, signal, tempfile, threading, time
@@ -29,10 +29,10 @@ from .table import Table
 from .io import append_jsonl, now
 from .plan.autoconfigure import autoconfigure
 from .train.projection import Projection
-from .hardware.machine import check_disk, check_writable, detect_machine
+from .hardware.machine import Machine, check_disk, check_writable, detect_machine
 from .plan.memory.overhead import overhead_offset_for
-from .plan.model_shape import model_shape
-from .plan.memory.estimate import estimate_for, verdict
+from .plan.model_shape import NoFormulaError, model_shape
+from .plan.memory.estimate import estimate_for, uncertainty, verdict
 from .train.launcher import follow, start
 from .train.dpo import check_preference
 from .train.base_model import validate_method, resolve_device
@@ -96,7 +96,7 @@ def plan_run(
     config: RunConfig,          # the settings
     cache: TokenCache = None,   # the sequences to train on; None: all of `max_length`, labels everywhere
 ) -> tuple:                     # `(MemoryEstimate, Machine)`
-    "Predict the peak memory and compare it with this machine; raises `HardwareError` if it cannot fit."
+    "Predict the peak memory, None if that is impossible; raises `HardwareError` for a run that cannot fit on this machine."
     machine = detect_machine()
     length, share = config.max_length, 1.0
     if cache and not config.packing:
@@ -105,9 +105,12 @@ def plan_run(
         length, share = largest_batch(config.model_copy(update=dict(per_device_train_batch_size=batch)), cache)
     device = machine.device if config.device == 'auto' else config.device
     bounded = config.model_copy(update=dict(max_length=length, device=device))
-    shape, offset = model_shape(model_path(config.model)), overhead_offset_for(machine.gpu_name)
+    if not machine.has_bfloat16 and config.dtype == 'auto': bounded = bounded.model_copy(update=dict(dtype='float32'))
+    try: shape = model_shape(model_path(config.model))
+    except NoFormulaError: return None, machine
+    offset = overhead_offset_for(machine.gpu_name)
     predicted = estimate_for(bounded, shape, share, machine.total_bytes, margin=0, overhead_offset=offset)
-    if predicted.fits(machine.total_bytes, margin=0): return predicted, machine
+    if predicted.least <= machine.total_bytes: return predicted, machine
     next_step = 'set method=qlora, gradient_checkpointing=true, or a smaller per_device_train_batch_size or max_length'
     raise HardwareError('this run does not fit', verdict(predicted, machine.total_bytes, margin=0), next_step=next_step)
 
@@ -121,6 +124,22 @@ def training_sequences(
     chosen, rejected = prepared.train, prepared.rejected['train_rejected']
     sequences = [cache.row(i) for cache in (chosen, rejected) for i in range(len(cache))]
     return make_cache(sequences, [*chosen.rows, *rejected.rows])
+
+# %% ../nbs/05_pipeline.ipynb #aacbae5c
+def plan_warnings(
+    config: RunConfig,   # the settings
+    predicted,           # `MemoryEstimate`, or None
+    machine: Machine,    # this machine
+) -> list:               # of sentences
+    "What a plan does not know, and what the adapter leaves out."
+    if not predicted: return [f'the memory of {config.model} cannot be estimated; it trains on padded batches if it fits']
+    warnings = [uncertainty(predicted)]
+    if predicted.estimated and not predicted.fits(machine.total_bytes, margin=0):
+        warnings.append(f'it may not fit. {verdict(predicted, machine.total_bytes, margin=0)}')
+    shape = model_shape(model_path(config.model))
+    if shape.num_experts and config.method != 'full':
+        warnings.append(f'the adapter is on {", ".join(shape.linears)}; experts and router stay as they are')
+    return [text for text in warnings if text]
 
 # %% ../nbs/05_pipeline.ipynb #2db7e52e
 def new_run(
@@ -141,17 +160,18 @@ def new_run(
         sequences = training_sequences(prepared, config)
         if auto_settings: config, choice = autoconfigure(config, sequences.lengths)
         validate_method(config, resolve_device(config))       # of the method that was chosen
-        predicted, _ = plan_run(config, sequences)
+        predicted, machine = plan_run(config, sequences)
         run = create_run(config)
         os.rename(staging, run.data_path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if is_new and not any(runs_dir.iterdir()): runs_dir.rmdir()
-    update_manifest(run, predicted_peak_bytes=predicted.peak, data=prepared.fingerprint)
+    update_manifest(run, predicted_peak_bytes=predicted and predicted.peak, data=prepared.fingerprint)
     for table in prepared.report[:3]: log(f'\n{table}')
     if choice:
         update_manifest(run, chosen=str(choice))
         log(f'\nplan      {choice}')
+    for warning in plan_warnings(config, predicted, machine): log(f'warning   {warning}')
     return run
 
 # %% ../nbs/05_pipeline.ipynb #f029f051

@@ -128,7 +128,9 @@ def axes_svg(
     "Ticks of both axes and the lines of the grid."
     parts = []
     for step, (x, _) in zip(frame.xs, frame.place([(step, frame.ys[0]) for step in frame.xs])):
-        parts.append(f'<text x="{x:.1f}" y="{frame.bottom + 16}" text-anchor="middle" {TEXT_COLOR}>{step:g}</text>')
+        label = f'{step:,.10g}'
+        x = min(x, WIDTH - 3.5 * len(label))      # the last one ends inside the picture
+        parts.append(f'<text x="{x:.1f}" y="{frame.bottom + 16}" text-anchor="middle" {TEXT_COLOR}>{label}</text>')
     for loss, (x, y) in zip(frame.ys, frame.place([(frame.xs[0], loss) for loss in frame.ys])):
         parts.append(f'<line x1="{x}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}" {GRID_COLOR} opacity=".25"/>')
         parts.append(f'<text x="{x - 6}" y="{y + 4:.1f}" text-anchor="end" {TEXT_COLOR}>{loss:g}</text>')
@@ -181,7 +183,7 @@ def legend_svg(
 # %% ../nbs/04_plots.ipynb #ac203aba
 def loss_svg(
     curves: dict,            # `{'train': [...], 'eval': [...]}` of metrics, from `run_folder.history`
-    total_steps: int = 0,    # as planned; the axis reaches that far
+    total_steps: int = 0,    # as planned; the axis reaches that far, once a quarter is done
     happened: list = (),     # events to mark, from `run_folder.events`
 ) -> str:                    # an `<svg>` element
     "Training loss, its running mean, validation loss with dots, and what happened, over the steps."
@@ -191,9 +193,11 @@ def loss_svg(
     extra = ROW if names else 0
     header = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + extra}" width="100%" style="max-width:{WIDTH}px" '
               f'font-size="11" font-family="sans-serif" role="img" aria-label="loss over steps">')
-    if not train + held_out: return f'{header}<text x="{LEFT}" y="{TOP}" {TEXT_COLOR}>no step finished yet</text></svg>'
+    if not train + held_out:
+        return f'{header}<text x="{WIDTH / 2}" y="{HEIGHT / 2}" text-anchor="middle" {TEXT_COLOR}>no step finished yet</text></svg>'
     steps, losses = zip(*train + held_out)
-    frame = Frame(nice_ticks(0, max(1, total_steps, *steps)), nice_ticks(min(losses), max(losses)), TOP + extra)
+    last_step = max(max(steps), min(total_steps, 4 * max(steps)), 1)
+    frame = Frame(nice_ticks(0, last_step), nice_ticks(min(losses), max(losses)), TOP + extra)
     means = list(zip([step for step, _ in train], smoothed([loss for _, loss in train])))
     parts = [header, axes_svg(frame), marks_svg(marks, frame),
              polyline(frame.place(train), COLORS['train'], opacity=0.5, width=1),
@@ -216,7 +220,7 @@ class Picture:
 
 def loss_picture(
     curves: dict,            # `{'train': [...], 'eval': [...]}` of metrics, from `run_folder.history`
-    total_steps: int = 0,    # as planned; the axis reaches that far
+    total_steps: int = 0,    # as planned; the axis reaches that far, once a quarter is done
     happened: list = (),     # events to mark, from `run_folder.events`
 ) -> Picture:
     "The curves of a run as a picture, and its first and last losses in words."

@@ -200,7 +200,7 @@ def walk(notebook, folder):
     wait_until(lambda: planner_peak(planner) > before)      # longer sequences need more memory
 
     board = notebook.cell('dashboard(run)')
-    board.locator('text=/[1-9][0-9]* of 100000/').wait_for()
+    board.locator('text=/[1-9][0-9]* of 100,000/').wait_for()
     run, = list_runs(folder / 'runs')
     rate = board.locator('input[type=number]')
     assert 0 < float(rate.input_value()) <= run.config().learning_rate
@@ -220,7 +220,7 @@ def walk(notebook, folder):
     notebook.restart()
     assert status(run).state == 'running'                   # the training did not notice
     attach = notebook.cell('dashboard()')
-    notebook.run_cell(attach, 'text=/[1-9][0-9]* of 100000/')
+    notebook.run_cell(attach, 'text=/[1-9][0-9]* of 100,000/')
     button(attach, 'stop').click()
     attach.locator('text="stopped"').first.wait_for()
     assert status(run).state == 'stopped' and status(run).step > step

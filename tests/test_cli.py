@@ -277,7 +277,7 @@ def test_without_a_network_nothing_waits(here, capsys, monkeypatch):
     monkeypatch.setenv('HF_ENDPOINT', 'http://localhost:9')      # where nobody listens
     monkeypatch.setattr('time.sleep', lambda seconds: pytest.fail('something waits for a network'))
     assert main(['data', '--data', 'good.csv', '--model', 'owner/model']) == 2
-    said = capsys.readouterr().err
+    said = ' '.join(capsys.readouterr().err.split())
     assert 'cannot be reached' in said and 'hf download owner/model' in said
 
 

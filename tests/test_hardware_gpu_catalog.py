@@ -29,7 +29,7 @@ ALL = C.read_gpus(os.devnull)
 
 
 def test_gpus_that_people_use_are_there():
-    for name in ('3060', '3090', '4060 Ti', '4090', '5090', 'RTX 6000 Ada', 'T4', 'L4', 'A10G', 'L40S', 'A100 80 GB SXM', 'H100 80 GB SXM', 'H200', 'B200'):
+    for name in ('3060 12 GB', '3090', '4060 Ti 16 GB', '4090', '5090', 'RTX 6000 Ada', 'T4', 'L4', 'A10G', 'L40S', 'A100 80 GB SXM', 'H100 80 GB SXM', 'H200', 'B200'):
         assert C.find_gpu(name, gpus=ALL)
 
 
@@ -39,7 +39,8 @@ def test_every_figure_has_a_source_and_is_sane():
         assert set(gpu['source']) == {f for f in FIGURES if f in gpu}, gpu['id']
         cited = [k for keys in gpu['source'].values() for k in keys] + [p['source'] for p in gpu.get('prices', [])]
         assert cited and all(k in RAW['sources'] or re.fullmatch(r'https://\S+', k) for k in cited), gpu['id']
-        assert 8192 <= gpu['memory_mib'] <= 200_000 and 200 <= gpu['bandwidth_gbs'] <= 8000 and 60 <= gpu['board_power_w'] <= 1000
+        assert 4096 <= gpu['memory_mib'] <= 200_000 and 160 <= gpu['bandwidth_gbs'] <= 8000 and 60 <= gpu['board_power_w'] <= 1000
+        assert ('bf16_tflops' in gpu) == (float(gpu['compute_capability']) >= 8)
         if 'cuda_mib' in gpu: assert 0.95 * gpu['memory_mib'] <= gpu['cuda_mib'][0] <= gpu['cuda_mib'][1] <= gpu['memory_mib']
         assert ('bf16_tflops' in gpu) == ('bf16_kind' in gpu)
         if 'bf16_tflops' in gpu and 'bf16_measured_tflops' in gpu: assert 0.5 < gpu['bf16_measured_tflops'] / gpu['bf16_tflops'] < 1.25
@@ -85,8 +86,18 @@ def test_memory_decides_or_refuses():
         assert (gpu and gpu.id) == expected
 
 
+SMALL = ['RTX 3050', 'RTX 3060 Ti', 'RTX 3070', 'RTX 3070 Ti', 'RTX 4060', 'RTX 4060 Ti', 'RTX 5060', 'RTX 5060 Ti', 'RTX 3070 Laptop GPU',
+         'RTX 4060 Laptop GPU', 'RTX 4070 Laptop GPU', 'RTX 5060 Laptop GPU', 'RTX 5070 Laptop GPU', 'RTX 2070', 'RTX 2080', 'GTX 1080']
+
+@pytest.mark.parametrize('name', SMALL)
+def test_gpus_of_8_gb_are_recognised(name):
+    gpu = detected(f'NVIDIA GeForce {name}', 8188 * MiB)
+    assert gpu and f'NVIDIA GeForce {name}' in gpu.driver_names and gpu.has_memory(8 * GiB)
+    assert ('laptop' in gpu.id) == ('Laptop' in name) and gpu.has_bfloat16 == (name not in ('RTX 2070', 'RTX 2080', 'GTX 1080'))
+
+
 def test_gpus_that_look_alike_are_not_taken():
-    for name, memory in [('NVIDIA GeForce RTX 4060 Ti', 8 * GiB), ('NVIDIA GeForce RTX 4090', 49140 * MiB), ('NVIDIA GeForce RTX 4090 Laptop GPU', 16376 * MiB),
+    for name, memory in [('NVIDIA GeForce RTX 4060 Ti', 12 * GiB), ('NVIDIA GeForce RTX 4090', 49140 * MiB), ('NVIDIA GeForce RTX 4090 D', 24564 * MiB),
                          ('NVIDIA A10', 23028 * MiB), ('Quadro RTX 6000', 24 * GiB), ('AMD Radeon', 24 * GiB), ('', 24 * GiB)]:
         assert detected(name, memory) is None, name
 

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from homelab_ft.core import GiB, HomelabError, ModelError
+from homelab_ft.core import GiB, HomelabError
 from homelab_ft.config import make_config
 from homelab_ft.hardware.gpu_catalog import find_gpu
 from homelab_ft.plan import search as search_module
+from homelab_ft.plan.search import plan_target, settle_dtype
 from homelab_ft.plan.autoconfigure import OPEN_SETTINGS, autoconfigure, choices_table, find_settings, make_search
 from homelab_ft.plan.memory.estimate import METHODS, estimate, estimate_for
 from homelab_ft.plan.model_shape import model_shape
@@ -93,8 +94,19 @@ def test_what_cannot_be_is_refused(args, given, message):
     with pytest.raises(HomelabError, match=message): find(where, LLAMA, *rest, **given)
 
 
-def test_a_mixture_of_experts_is_refused():
-    with pytest.raises(ModelError): find(80 * GiB, model_shape('Mixtral-8x7B'), 512)
+def test_a_mixture_of_experts_fits_with_all_its_experts_in_16_bits():
+    assert not find(80 * GiB, model_shape('Mixtral-8x7B'), 512)
+    assert find(140 * GiB, model_shape('Mixtral-8x7B'), 512)
+
+
+def test_a_gpu_without_bfloat16_is_planned_in_float32():
+    "As a run computes there: LoRA keeps 4 bytes for a weight, and batches are padded."
+    turing, ampere = (find(name, SHAPES['Llama-3.2-1B'], 512, method='lora')[0] for name in ('T4', 'RTX 3090'))
+    assert turing.spec.dtype == 'float32' and turing.memory.step == 'padded' and ampere.spec.dtype == 'bfloat16'
+    assert turing.memory.weights == 2 * ampere.memory.weights and not turing.packing
+    target = plan_target('T4')
+    assert settle_dtype(make_config(), target).dtype == 'float32' and settle_dtype(make_config(), plan_target('L4')).dtype == 'auto'
+    with pytest.raises(HomelabError, match='no bfloat16'): settle_dtype(make_config(dtype='bfloat16'), target)
 
 
 def test_nothing_of_this_loads_torch():
@@ -143,7 +155,7 @@ def test_the_gpu_of_this_machine_is_used(monkeypatch, tmp_path):
     config = make_config(model='Llama-3.1-8B', max_length=2048)
     probes = tmp_path / 'probes.json'
     monkeypatch.setenv('HOMELAB_FT_PROBES', str(probes))
-    def machine(device, gib, name): return lambda: SimpleNamespace(device=device, total_bytes=gib * GiB, gpu_name=name, cpu_name='Example CPU')
+    def machine(device, gib, name): return lambda: SimpleNamespace(device=device, total_bytes=gib * GiB, gpu_name=name, cpu_name='Example CPU', has_bfloat16=True)
     monkeypatch.setattr(search_module, 'detect_machine', machine('cpu', 64, None))
     monkeypatch.setattr(search_module, 'live_gpu', lambda: None)
     assert autoconfigure(config, [2048]) == (config, None)

@@ -26,7 +26,7 @@ def complains(complaints, *words):
 def results(): return repo.check_all(ROOT)
 
 
-@pytest.mark.parametrize('check', ['directives', 'titles', 'outputs', 'imports', 'loading', 'parameters', 'sizes', 'site', 'dependencies', 'stray'])
+@pytest.mark.parametrize('check', ['directives', 'titles', 'outputs', 'imports', 'loading', 'parameters', 'sizes', 'site', 'overviews', 'dependencies', 'stray'])
 def test_repo_is_in_order(results, check):
     assert not results[check], '\n' + '\n'.join(results[check])
 
@@ -306,6 +306,12 @@ def test_bad_sites_are_found():
     complains(repo.check_site(SITE, FILES[:1], SETTINGS), 'plan/cost.ipynb, which does not exist')
     complains(repo.check_site(SITE, FILES + ['cli.ipynb'], SETTINGS), 'cli.ipynb is not in the sidebar')
     complains(repo.check_site(SITE.replace('[plan/cost.ipynb]', '[plan/cost.ipynb, index.ipynb]'), FILES, SETTINGS), 'twice')
+
+
+def test_pages_that_no_overview_links_to_are_found():
+    cells = {'plan/00_overview.ipynb': [('markdown', '| [a](01_a.ipynb) |')], 'plan/01_a.ipynb': [], 'index.ipynb': []}
+    assert repo.check_overviews(cells) == []
+    complains(repo.check_overviews(cells | {'plan/memory/02_b.ipynb': []}), 'does not link to memory/02_b.ipynb')
 
 
 def test_nbs_includes_the_site():

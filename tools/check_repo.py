@@ -252,6 +252,17 @@ def check_site(quarto_yml, files, settings):
     return complaints + [f'the sidebar lists {f} twice' for f in sorted(set(listed)) if listed.count(f) > 1]
 
 
+def check_overviews(cells):
+    "Complaints about pages of a package that its `00_overview.ipynb` does not link to; `cells` of `{file: cells}`."
+    complaints = []
+    for overview in (f for f in cells if f.endswith('/00_overview.ipynb')):
+        folder = overview.removesuffix('00_overview.ipynb')
+        links = {link for _, source in cells[overview] for link in re.findall(r'\]\(([^)#]+)', source)}
+        pages = [f.removeprefix(folder) for f in cells if f.startswith(folder) and f != overview]
+        complaints += [f'{overview} does not link to {page}' for page in pages if page not in links]
+    return complaints
+
+
 # ---------------------------------------------------------------- dependencies, stray paths
 
 
@@ -311,7 +322,7 @@ def check_all(root=ROOT):
     reasons = '\n'.join(s for kind, s in cells.get('explanations/dependencies.ipynb', []) if kind == 'markdown')
     return {'directives': per_notebook(check_directives), 'titles': per_notebook(check_title), 'outputs': [f'{f}: {c}' for f in files for c in check_outputs(executed[f])],
             'imports': check_strings(sources), 'loading': check_loading(sources), 'parameters': check_parameters(sources), 'sizes': check_sizes(sources),
-            'site': check_site((Path(root) / '_quarto.yml').read_text(encoding='utf-8'), files, settings),
+            'site': check_site((Path(root) / '_quarto.yml').read_text(encoding='utf-8'), files, settings), 'overviews': check_overviews(cells),
             'dependencies': check_dependencies(settings, reasons), 'stray': check_stray(tracked_texts(root))}
 
 

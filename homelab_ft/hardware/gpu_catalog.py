@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from ..core import ConfigError, MiB, fmt_gib, near_matches, package_file
 from ..config import Settings, read_yaml
 from ..table import Table
+from .machine import has_bfloat16
 
 # %% ../../nbs/hardware/03_gpu_catalog.ipynb #630e650e
 class Price(Settings):
@@ -93,6 +94,11 @@ class Gpu(Settings):
     def limit_bytes(self) -> int:
         "What a plan may count on: the lowest reading for a CUDA program, or the driver's total where there is none."
         return (self.cuda_mib[0] if self.cuda_mib else self.memory_mib) * MiB
+
+    @property
+    def has_bfloat16(self) -> bool:
+        "Whether it computes in bfloat16; GPUs before Ampere do not."
+        return has_bfloat16(self.compute_capability)
 
     @property
     def keys(self) -> set:

@@ -20,8 +20,9 @@ from ..hardware.gpu_catalog import Gpu
 from .memory.estimate import METHODS, EstimateSpec, MemoryEstimate, estimate
 from .memory.overhead import overhead_offset_for
 from .memory.spec import check_fields
-from .model_shape import model_shape
-from .search import OPTIMIZERS, PlanTarget, SearchSpec, divisions, packing_choices, plan_target, this_machine
+from .model_shape import NoFormulaError, model_shape
+from .search import (
+    OPTIMIZERS, PlanTarget, SearchSpec, divisions, packing_choices, plan_target, settle_dtype, this_machine)
 from .throughput import MEASURED, check_limit, check_positive, flops_per_token, hours, microbatch_seconds, unsupported_reason
 
 # %% ../../nbs/plan/06_autoconfigure.ipynb #dd9e8fd4
@@ -177,10 +178,11 @@ def make_search(
     margin: float = 0.05,    # share of the memory to leave free
     **settings,              # not to be changed: of `BATCH_SETTINGS`, or fields of `EstimateSpec`
 ) -> SearchSpec:
-    "The search for settings; `ConfigError` for what cannot be, `ModelError` for a mixture of experts."
+    "The search for settings; `ConfigError` for what cannot be."
     target = plan_target(where) if isinstance(where, (str, Gpu)) else PlanTarget('', where)
     check_limit(target.limit, margin)
     settings = {k: v for k, v in settings.items() if str(v) != 'auto'}
+    if not target.has_bfloat16: settings.setdefault('dtype', 'float32')
     batch = {k: settings.pop(k) for k in BATCH_SETTINGS if k in settings}
     check_fields(settings, without=('batch_size', 'length', 'gradient_accumulation_steps'))
     counts = {k: v for k, v in batch.items() if k != 'packing'}
@@ -259,19 +261,22 @@ def autoconfigure(
     overhead_offset: int = 0, # bytes that this GPU takes beyond the usual, from `overhead_offset_for`
 ) -> tuple:                   # (the settings, the `Choice` that they come from; None if nothing was chosen)
     "Settings that fit, as given or else chosen; if nothing fits, the least that a run could take."
+    as_run = config
     if where is None:
         target = this_machine()
         where = target.limit if target.device == 'cuda' else 0
         overhead_offset = overhead_offset_for(target.name)
+        as_run = settle_dtype(config, target)
     if config.objective == 'dpo' or config.device == 'cpu' or not where: return config, None
     given = given_settings(config)
     lengths = [config.max_length] if lengths is None else lengths
     global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    spec = EstimateSpec.from_config(config).replace(overhead_offset=overhead_offset)
+    spec = EstimateSpec.from_config(as_run).replace(overhead_offset=overhead_offset)
     open_fields = ('batch_size', 'length', *OPEN_SETTINGS)
     settings = {k: v for k, v in vars(spec).items() if k not in open_fields}
     settings |= given | dict(max_length=int(max(lengths)))
-    shape = model_shape(config.model)
+    try: shape = model_shape(config.model)
+    except NoFormulaError: return config, None      # a run starts with what was set, and a warning
     methods = [given['method']] if 'method' in given else ['lora', 'qlora']
     for method in methods:
         settings['method'] = method

@@ -22,6 +22,7 @@ def describe_plan_step(
     if est.cpu_bytes: text += f'; {fmt_gib(est.cpu_bytes)} offloaded to CPU RAM'
     if est.step == 'packed': return text + '.'
     step = f'Figures of the padded step ({est.padded_reason})'
+    if 'float32' in est.padded_reason: return f'{step}. {text}.'
     return f'{step}. {text}. A run that packs its sequences takes less: see --trace.'
 
 # %% ../../nbs/plan/09_summary.ipynb #275bc2f6

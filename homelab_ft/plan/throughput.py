@@ -73,16 +73,17 @@ def flops_per_token(
     lengths=None,                # tokens of one sequence, or an array of all sequences' tokens; None: `spec.length`
     **changes,                   # fields of `EstimateSpec` with other values
 ) -> dict:                       # layers, adapter, attention, head, recompute -> FLOPs
-    "FLOPs of a training step per token; `ConfigError` for what the model does not have, `ModelError` for a mixture of experts."
+    "FLOPs of a training step per token; `ConfigError` for what the model does not have."
     spec = make_spec(spec, **changes)
-    n = shape.reject_moe().num_hidden_layers
+    n = shape.num_hidden_layers
+    experts = 3 * shape.hidden_size * shape.expert_size * shape.num_experts_used
     pairs = pairs_per_token(spec.length if lengths is None else lengths)
     attention = 4 * pairs * shape.num_attention_heads * shape.head_dim      # one layer, forward
     full = spec.method == 'full'
     per_value = 6 if full else 4
     adapter = 0 if full else adapter_params(shape, spec.lora_r, spec.target_modules)
     return dict(
-        layers=per_value * n * shape.linear_params,
+        layers=per_value * n * (shape.linear_params + experts),
         adapter=6 * adapter,
         attention=3.5 * n * attention,
         head=per_value * shape.vocab_size * shape.hidden_size * spec.label_share,

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ADAPTER_ONLY', 'FROZEN_ONLY', 'CPU_ALTERNATIVES', 'resolve_device', 'resolve_dtype', 'require_bitsandbytes',
-           'validate_method', 'quantization_config', 'quiet_libraries', 'load_base', 'quantization_bytes',
-           'weight_bytes', 'model_folder', 'model_fingerprint', 'gpu_process_bytes', 'peak_memory', 'explain_oom']
+           'check_bfloat16', 'validate_method', 'quantization_config', 'quiet_libraries', 'load_base',
+           'quantization_bytes', 'weight_bytes', 'model_folder', 'model_fingerprint', 'gpu_process_bytes',
+           'peak_memory', 'explain_oom']
 
 # %% ../../nbs/train/01_base_model.ipynb #9df4f791
 import importlib.util, logging, os, warnings
@@ -54,6 +55,15 @@ def require_bitsandbytes(
     raise ConfigError(f'{setting} needs the package bitsandbytes, which is not installed',
                       next_step='pip install bitsandbytes, or set method=lora and optim=adamw_torch')
 
+def check_bfloat16(
+    config: RunConfig,      # `dtype`
+):
+    "`HardwareError` for bfloat16 on a GPU that only emulates it."
+    import torch
+    if config.dtype != 'bfloat16' or not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0): return
+    raise HardwareError('this GPU has no bfloat16', value=f'dtype=bfloat16, {torch.cuda.get_device_name()}',
+                        allowed='dtype=auto or float32', next_step='set dtype=auto, which is float32 here')
+
 def validate_method(
     config: RunConfig,      # settings of a run
     device: str,            # from `resolve_device`
@@ -68,7 +78,7 @@ def validate_method(
                               allowed='method=lora, int8 or qlora', next_step=f'leave out {name}, or set method=lora')
     if config.method in QUANTIZED: require_bitsandbytes(f'method={config.method}')
     if config.optim != 'adamw_torch': require_bitsandbytes(f'optim={config.optim}')
-    if device != 'cpu': return
+    if device != 'cpu': return check_bfloat16(config)
     for name, alternatives in CPU_ALTERNATIVES.items():
         value = getattr(config, name)
         if value in alternatives:

@@ -49,7 +49,7 @@ def figures(
     now: RunStatus,      # from `status`
 ) -> dict:               # name -> text; what is not known is left out
     "The figures under the progress bar."
-    result = {'step': f'{now.step} of {now.total_steps}' if now.total_steps else f'{now.step}'}
+    result = {'step': f'{now.step:,} of {now.total_steps:,}' if now.total_steps else f'{now.step:,}'}
     if now.loss is not None: result['loss'] = f'{now.loss:.4f}'
     if now.eval_loss is not None: result['validation loss'] = f'{now.eval_loss:.4f}'
     if now.learning_rate is not None: result['learning rate'] = f'{now.learning_rate:.2e}'

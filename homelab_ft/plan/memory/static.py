@@ -22,7 +22,7 @@ def weight_bytes(
 ) -> int:
     "Bytes of the model's weights as they stay in memory; buffers of a few kB are left out."
     if method == 'full': return 4 * shape.n_params
-    in_layers = shape.num_hidden_layers * shape.linear_params
+    in_layers = shape.packed_params
     others = compute_bytes * (shape.n_params - in_layers)    # also a mixture's experts
     scales = 8/64 + 32/(64*256) if double_quant else 32/64
     bits = dict(lora=8 * compute_bytes, int8=8, qlora=4 + scales)[method]
@@ -46,8 +46,8 @@ def target_linears(
     shape,                               # the model, a `ModelShape`
     target_modules='all-linear',         # `all-linear`, a name, or a list of names
 ) -> dict:                               # name -> (inputs, outputs, has bias)
-    "The matrices that get an adapter; `ConfigError` for a name the model does not have, `ModelError` for a mixture of experts."
-    linears = shape.reject_moe().linears
+    "The matrices that get an adapter, never experts; `ConfigError` for a name the model does not have."
+    linears = shape.linears
     if target_modules == 'all-linear': return linears
     names = [target_modules] if isinstance(target_modules, str) else target_modules
     for name in names: check_choice('layer in target_modules', name, ['all-linear', *linears])

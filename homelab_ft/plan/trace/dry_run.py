@@ -103,6 +103,12 @@ class DryRunPort(DevicePort):
         head_dim = q.shape[-1]
         return q.dtype != torch.float32 and head_dim == v.shape[-1] and head_dim % 8 == 0 and head_dim <= 256
 
+    def has_values(self,
+        tensor,                 # of the device
+    ) -> bool:
+        "Nothing has values here."
+        return False
+
     def read_numbers(self,
         tensor,                 # without values
         event,                  # not used

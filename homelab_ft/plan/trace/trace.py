@@ -147,7 +147,7 @@ def trace(  # noqa: PLR0913, as the entry point it takes all that a run may set
 ) -> MemoryTrace:
     "The memory of a run; `ConfigError` and `ModelError` for what cannot be, before the process is started."
     began = time.monotonic()
-    shape = model_shape(config.model).reject_moe()
+    shape = model_shape(config.model)
     check_length(shape, config.max_length)
     counts = policy_counts(config, shape.num_hidden_layers, policies)
     check_request(config, bucket, arch, mlp_chunk=mlp_chunk, loss_chunk=loss_chunk)

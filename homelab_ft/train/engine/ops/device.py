@@ -37,6 +37,12 @@ class DevicePort:
         right_type = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
         return right_type and head_dim == v.shape[-1] and head_dim % 8 == 0 and head_dim <= 256
 
+    def has_values(self,
+        tensor,      # on any device
+    ) -> bool:
+        "Whether numbers can be read from it."
+        return not tensor.is_meta
+
     def read_numbers(self,
         tensor,      # 1-d, on the CPU
         event,       # CUDA event after which its values are there, or None
