@@ -3,7 +3,7 @@ import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from homelab_ft.core import DataError
 from homelab_ft.evaluate import bootstrap
-from homelab_ft.evaluate.bootstrap import MIN_EXAMPLES, Interval, paired_bootstrap
+from homelab_ft.evaluate.bootstrap import MIN_EXAMPLES, Interval, paired_bootstrap, paired_shares, shuffle_test, sign_flip_test
 
 examples = st.lists(st.tuples(st.floats(0, 50), st.floats(0, 50), st.integers(1, 40)), min_size=MIN_EXAMPLES, max_size=40)
 
@@ -37,15 +37,43 @@ def test_level_widens_the_interval():
     narrow, wide = (paired_bootstrap(base, fine_tuned, np.ones(100), level=level) for level in (0.8, 0.99))
     assert wide.low < narrow.low < narrow.high < wide.high
 
-@pytest.mark.parametrize('n, conclusion', [(MIN_EXAMPLES - 1, 'no measurable difference'), (MIN_EXAMPLES, 'better')])
+@pytest.mark.parametrize('n, conclusion', [(MIN_EXAMPLES - 1, 'no difference shown'), (MIN_EXAMPLES, 'better')])
 def test_few_examples_lead_to_no_conclusion(n, conclusion):
     assert paired_bootstrap(np.full(n, 2.), np.ones(n), np.ones(n)).conclusion == conclusion
 
-def test_right_and_wrong_answers_count_as_shares():
-    wrong, right = np.ones(20), np.zeros(20)
-    gain = paired_bootstrap(wrong, right, np.ones(20))
-    assert (gain.gain, gain.low, gain.high) == (1, 1, 1)
-    assert paired_bootstrap(right, wrong, np.ones(20)).conclusion == 'worse'
+outcomes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=MIN_EXAMPLES, max_size=60)
+
+
+@settings(max_examples=60, deadline=None)
+@given(outcomes)
+def test_shares_of_right_answers_agree_with_the_exact_test(data):
+    base, fine_tuned = map(np.array, zip(*data))
+    gain, mirrored = paired_shares(base, fine_tuned), paired_shares(fine_tuned, base)
+    assert -1 <= gain.low < gain.high <= 1 and gain.low <= gain.gain <= gain.high
+    np.testing.assert_allclose([gain.low, gain.high], [-mirrored.high, -mirrored.low], atol=1e-9)
+    p = sign_flip_test(fine_tuned.astype(int) - base)
+    if gain.conclusion != 'no difference shown' and sum(base != fine_tuned) <= 12: assert p <= 0.05
+
+
+@pytest.mark.parametrize('differ', [0.05, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize('n', [8, 20, 50])
+def test_equally_good_models_are_seldom_called_better(n, differ):
+    rng = np.random.default_rng(n)
+    better = 0
+    for _ in range(400):
+        coin = rng.random(n) < 0.5
+        other = coin ^ (rng.random(n) < differ)
+        better += paired_shares(coin, other).conclusion == 'better'
+    assert better / 400 <= 0.025 + 3 * (0.025 / 400)**0.5
+
+
+def test_answers_that_do_not_depend_on_the_question_are_found_out():
+    rng = np.random.default_rng(0)
+    expected = rng.choice(4, 60)
+    found = [shuffle_test(np.equal.outer(rng.choice(4, 60), expected), 200, seed).p <= 0.05 for seed in range(200)]
+    assert np.mean(found) <= 0.05 + 3 * (0.05 / 200)**0.5
+    assert shuffle_test(np.equal.outer(expected, expected)).p < 0.001
+
 
 def test_nothing_to_measure_is_an_error():
     with pytest.raises(DataError, match='have no tokens'): paired_bootstrap([1.], [1.], [0])

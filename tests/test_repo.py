@@ -407,6 +407,18 @@ def for_a_page(
     assert "```python\ndef fence(\n    text,\n    info='',\n)\n```\n\n*A code" in made and made.count(link) == 1
 
 
+def test_links_inside_links_are_mended():
+    url = 'https://s.io/b/a.html#a'
+    assert site_notebooks.mend_links(f'see [[`a`]({url})](01_a.ipynb) and [the [`b`]({url}) of [`c`]({url})](x.ipynb), [`d`]({url})') == \
+        f'see [`a`](01_a.ipynb) and [the `b` of `c`](x.ipynb), [`d`]({url})'
+
+
+def test_links_shown_as_markdown_are_found(tmp_path):
+    (tmp_path / 'a.html').write_text('<p><a href="b">[<code>f</code>](https://s.io/b#f)</a></p><pre>def f(a) # [g](https://s.io/b#g)\nx = "[y](z)"</pre><p>f[0](x)</p>')
+    found = docs_preview.check_markup(tmp_path, 'https://s.io')
+    assert [c.rsplit(' ', 1)[1] for c in found] == ['](https://s.io/b#f)', '](x)', '](https://s.io/b#g)']
+
+
 def test_every_public_name_has_a_signature():
     import importlib, inspect
     for name in sorted(repo.module_sources(ROOT)):

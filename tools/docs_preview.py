@@ -83,14 +83,20 @@ def relink(html, page, site_url):
 
 
 class _Page(HTMLParser):
-    "Collects the `ids`, the link targets and the picture sources of a page."
+    "Collects the `ids`, the link targets, the picture sources and the texts of a page."
     def __init__(self, html):
         super().__init__()
         self.ids, self.links, self.pictures = set(), [], []
+        self.prose, self.code, self.depth = [], [], 0       # texts outside and inside of `<pre>`
         self.feed(html)
+
+    def handle_data(self, data): (self.code if self.depth else self.prose).append(data)
+
+    def handle_endtag(self, tag): self.depth -= tag == 'pre'
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
+        self.depth += tag == 'pre'
         self.ids |= {attrs[k] for k in ('id', 'name') if attrs.get(k)}
         if tag == 'a' and attrs.get('href'): self.links.append(attrs['href'])
         if tag in ('img', 'source') and attrs.get('src'): self.pictures.append(attrs['src'])
@@ -110,6 +116,16 @@ def check_links(site):
             if not target.is_file() or not target.is_relative_to(site): complaints.append(f'{name}: {url} does not exist')
             elif anchor and target in pages and anchor not in pages[target].ids and not _is_undocumented(anchor, pages[target].ids):
                 complaints.append(f'{name}: {url} has no such anchor')
+    return complaints
+
+
+def check_markup(site, site_url):
+    "Complaints about links that a page shows as Markdown: any in its prose, those to the site itself in its code."
+    complaints = []
+    for path in sorted(Path(site).rglob('*.html')):
+        page = _Page(path.read_text(encoding='utf-8'))
+        found = re.findall(r'\]\([\w.:/#-]+\)', ''.join(page.prose)) + re.findall(rf'\]\({re.escape(site_url)}[^)]*\)', ''.join(page.code))
+        complaints += [f'{path.relative_to(site).as_posix()}: a link as Markdown: {text}' for text in found]
     return complaints
 
 
@@ -176,13 +192,16 @@ def build(proc, out):
 
 
 def main():
-    start, out = time.monotonic(), ROOT / read_settings(ROOT)['doc_path']
+    settings = read_settings(ROOT)
+    start, out = time.monotonic(), ROOT / settings['doc_path']
     if sys.argv[1:] != ['--links-only']: build(process_notebooks(), out)
     complaints, browser = check_links(out), phone.find_browser()
     print(f'{len(list(out.rglob("*.html")))} pages in {out.name}/ after {time.monotonic() - start:.0f} s; dead links and pictures: {len(complaints)}')
+    raw = check_markup(out, settings['doc_host'] + settings['doc_baseurl'])
+    print(f'links shown as Markdown: {len(raw)}')
     too_wide = phone.check_width(out, browser) if browser else []
     print(f'pages wider than a phone: {len(too_wide) if browser else "not checked, there is no chromium"}')
-    complaints += too_wide
+    complaints += raw + too_wide
     for c in complaints: print('  ', c)
     return bool(complaints)
 

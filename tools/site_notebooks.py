@@ -1,7 +1,7 @@
 """The notebooks as the site shows them: python tools/site_notebooks.py
 
 nbdev processes them into _proc/ (API documentation, links to names, hidden cells). Then signatures get a line per parameter
-with its comment, without the Markdown links that nbdev leaves inside code. Quarto and tools/docs_preview.py both render what
+with its comment, without the Markdown links that nbdev leaves inside code, and links lose the links inside their text. Quarto and tools/docs_preview.py both render what
 stands in _proc/ afterwards.
 """
 import ast, importlib, inspect, io, json, os, re, shutil, textwrap, tokenize
@@ -82,6 +82,17 @@ def mend_signature(cell, module):
         if text: output['data']['text/markdown'] = _definition.sub(lambda m: code, text, count=1)
 
 
+# ---------------------------------------------------------------- links
+
+_inner = re.compile(r'\[(`[^`]+`)\]\([^()]*\)')
+_outer = re.compile(rf'\[((?:[^\[\]]|{_inner.pattern})+)\](?=\()')
+
+
+def mend_links(markdown):
+    "Links whose text nbdev has made a link as well: the outer one, which the author wrote, stays."
+    return _outer.sub(lambda m: f'[{_inner.sub(lambda inner: inner[1], m[1])}]', markdown)
+
+
 # ---------------------------------------------------------------- all notebooks
 
 
@@ -96,8 +107,9 @@ def process_notebooks():
         source = (ROOT / 'nbs' / path.relative_to(proc)).read_text(encoding='utf-8')
         modules = [m[1] for c in json.loads(source)['cells'] if (m := _module.search(join(c['source'])))]
         notebook = json.loads(path.read_text(encoding='utf-8'))
-        for cell in notebook['cells'] if modules else []:
-            if cell['cell_type'] == 'code': mend_signature(cell, f'{PACKAGE}.{modules[0]}')
+        for cell in notebook['cells']:
+            if cell['cell_type'] == 'markdown': cell['source'] = mend_links(join(cell['source']))
+            if cell['cell_type'] == 'code' and modules: mend_signature(cell, f'{PACKAGE}.{modules[0]}')
         path.write_text(json.dumps(notebook, ensure_ascii=False), encoding='utf-8')
     return proc
 

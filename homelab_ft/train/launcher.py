@@ -8,10 +8,11 @@ __all__ = ['TRAINER', 'ALLOCATOR', 'EVENT_MESSAGES', 'has_ended', 'training_devi
 
 # %% ../../nbs/train/09_launcher.ipynb #860f14ef
 import asyncio, os, subprocess, sys, time
+from pathlib import Path
 
 import psutil
 
-from ..core import RunError
+from ..core import HomelabError, RunError
 from ..data.tokenize import load_cache
 from ..hardware.machine import detect_machine
 from ..progress import Progress
@@ -58,10 +59,12 @@ def busy_warning(
     other: RunFolder,       # a run that is being trained
 ) -> str:                   # lines of at most 80 characters, as far as its path allows
     "Which run takes the device, and how to watch or stop it."
-    now, path = status(other), os.path.relpath(other.path)
+    now, path = status(other), other.path.resolve()
+    if path.is_relative_to(Path.cwd()): path = path.relative_to(Path.cwd())
     device = 'GPU' if training_device(other) == 'cuda' else 'CPU'
     return (f'warning: {path} is training on this {device} as well (step {now.step} of {now.total_steps or "?"})\n'
-            f"  watch  homelab-ft control {path}   (in a notebook: dashboard('{path}'))\n"
+            f'  watch  homelab-ft control {path}\n'
+            f"         dashboard('{path}') in a notebook\n"
             f'  stop   homelab-ft control {path} stop')
 
 # %% ../../nbs/train/09_launcher.ipynb #4e6aec6a
@@ -103,9 +106,11 @@ def check_end(
     run: RunFolder,         # a run whose training process has ended
     process=None,           # from `start`
 ) -> RunStatus:             # finished or stopped
-    "How it ended; `RunError` with the end of its log if it failed."
+    "How it ended; if it failed, its own error, or a `RunError` with the end of its log."
     now, code = status(run), process.returncode if process else None
     if code == 0 or code is None and now.state in ('finished', 'stopped'): return now
+    last = (events(run) or [{}])[-1]
+    if last.get('details'): raise HomelabError.from_record(last['details'])
     log = run.log_path.read_text(errors='replace') if run.log_path.exists() else ''
     how = f'training {now.state}' if code is None else f'training ended with exit code {code}'
     raise RunError(how, value=now.error or '\n'.join(log.splitlines()[-8:]),
@@ -115,7 +120,7 @@ def follow(
     run: RunFolder,         # the run
     process=None,           # from `start`; None: the run's state decides when it has ended
 ) -> RunStatus:             # finished or stopped
-    "A progress bar until the training process ends; `RunError` with the end of its log if it failed."
+    "A progress bar until the training process ends; if it failed, its own error, or a `RunError` with the end of its log."
     n_shown, ended = 0, False
     with Progress('loading the model', status(run).total_steps or None, unit='steps', remains=True) as bar:
         while not ended:
