@@ -325,7 +325,7 @@ def wrap_message(
     for line in text.splitlines():
         content = line.strip()
         indent = ' ' * (len(line) - len(content))
-        is_command = content.removeprefix('next step: ').startswith(('homelab-ft ', 'pip ', 'hf ', 'sudo '))
+        is_command = content.removeprefix('next step: ').startswith(('homelab-ft ', '--set ', 'pip ', 'hf ', 'sudo '))
         whole = is_command or len(line) <= width
         lines += [line] if whole else textwrap.wrap(line, width, subsequent_indent=indent + '  ', break_long_words=False,
                                                     break_on_hyphens=False)
