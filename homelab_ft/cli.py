@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['SET_HELP', 'RUNS_DIR_HELP', 'ORDER', 'DATA_OPTIONS', 'TRAIN_OPTIONS', 'COMMAND_GROUPS', 'EPILOG', 'add_settings',
-           'option_settings', 'read_settings', 'resume_settings', 'ask_reading', 'person_to_ask', 'print_result',
-           'quickstart', 'run', 'print_trace', 'print_fit', 'run_probe', 'plan', 'data', 'train', 'print_unfinished',
-           'evaluate', 'merge', 'chat', 'models', 'control', 'settings', 'init', 'doctor', 'wrap_message', 'Parser',
-           'describe_commands', 'add_command', 'add_training_commands', 'add_plan_options', 'add_run_commands',
-           'add_help_commands', 'make_parser', 'print_error', 'main']
+           'option_settings', 'read_settings', 'resume_settings', 'print_result', 'quickstart', 'run', 'print_trace',
+           'print_fit', 'run_probe', 'plan', 'data', 'train', 'print_unfinished', 'evaluate', 'merge', 'chat', 'models',
+           'control', 'settings', 'init', 'doctor', 'wrap_message', 'Parser', 'describe_commands', 'add_command',
+           'add_training_commands', 'add_plan_options', 'add_run_commands', 'add_help_commands', 'make_parser',
+           'print_error', 'main']
 
 # %% ../nbs/06_cli.ipynb #0fe0a674
 import argparse, os, re, shutil, subprocess, sys, tempfile, textwrap, warnings
 
 from . import __version__
 from .core import ConfigError, HomelabError, near_matches
-from .config import ALIASES, INSTEAD, RunConfig, current_names, load_config, parse_override, set_options
+from .config import ALIASES, INSTEAD, RunConfig, current_names, load_config, parse_override
 from .progress import silence_other_bars
 from .train.run_folder import COMMANDS, open_run, send, status
 
@@ -88,27 +88,6 @@ def resume_settings(
     options = option_settings(args) | dict(runs_dir=None)      # where the run is
     return given | {name: value for name, value in options.items() if value is not None}
 
-# %% ../nbs/06_cli.ipynb #dcaf9535
-def ask_reading(
-    readings: list,      # `DatasetFormat`s
-):                       # the one that is meant, or None
-    "Let a person choose what the columns mean."
-    from homelab_ft.data.formats import what_is_learned
-    print('The columns can be read in several ways.')
-    for number, reading in enumerate(readings, 1): print(f'  {number}  {what_is_learned(reading)}')
-    chosen = None
-    while chosen is None:
-        try: answer = input('Which one? (Enter: none) ').strip()
-        except EOFError: answer = ''
-        if not answer: return None
-        if answer.isdecimal() and 0 < int(answer) <= len(readings): chosen = readings[int(answer) - 1]
-    print(f'Next time: {set_options(chosen.settings)}')
-    return chosen
-
-def person_to_ask():     # `ask_reading`, or None
-    "Whom to ask: somebody at a terminal."
-    return ask_reading if sys.stdin.isatty() and sys.stdout.isatty() else None
-
 # %% ../nbs/06_cli.ipynb #fade2e8e
 def print_result(
     run,                 # a finished run
@@ -132,6 +111,7 @@ def run(
     args,                # parsed arguments
 ):
     "All stages on your own data and model."
+    from homelab_ft.data.prepare import person_to_ask
     from homelab_ft.pipeline import resume_pipeline, run_pipeline
     if args.resume: finished = resume_pipeline(open_run(args.resume, args.runs_dir or 'runs'), **resume_settings(args))
     else: finished = run_pipeline(read_settings(args), auto_settings=True, choose=person_to_ask())
@@ -209,7 +189,7 @@ def data(
     args,                # parsed arguments
 ):
     "Check a data file: what is learned from what, what is left out."
-    from homelab_ft.data.prepare import prepare, read_preview
+    from homelab_ft.data.prepare import person_to_ask, prepare, read_preview
     preview = read_preview(read_settings(args), choose=person_to_ask())
     tok = preview.load_tokenizer()
     with tempfile.TemporaryDirectory() as folder: report = prepare(preview.config, tok, folder, preview).report
@@ -220,7 +200,7 @@ def train(
     args,                # parsed arguments
 ):
     "Prepare and train, or continue a run; no evaluation."
-    from homelab_ft.data.prepare import describe_prepared
+    from homelab_ft.data.prepare import describe_prepared, person_to_ask
     from homelab_ft.pipeline import new_run, prepare_resume, train_here
     if args.resume:
         run = open_run(args.resume, args.runs_dir or 'runs')

@@ -409,3 +409,28 @@ def test_what_a_person_chose_becomes_a_setting(tmp_path):
     assert (preview.config.prompt_column, preview.config.completion_column) == ('german', 'english')
     made = prepare(preview.config, tok(), tmp_path / 'a', preview)
     assert made.fingerprint == prepare(make_config(data=data, prompt_column='german', completion_column='english'), tok(), tmp_path / 'b').fingerprint
+
+
+@pytest.mark.parametrize('typed, chosen', [(['2'], 2), (['x', '9', '0', '1'], 1), ([''], None), ([], None)])
+def test_a_person_at_a_terminal_is_asked(monkeypatch, capsys, typed, chosen):
+    from homelab_ft.data.formats import DatasetFormat
+    readings = [DatasetFormat('prompt_completion', prompt_column=a, completion_column=b) for a, b in ('xy', 'yx')]
+    answers = iter(typed)
+    def typing(prompt):
+        "The next answer; the end of the input after the last."
+        try: return next(answers)
+        except StopIteration: raise EOFError from None
+    monkeypatch.setattr('builtins.input', typing)
+    assert module.ask_reading(readings) == (readings[chosen - 1] if chosen else None)
+    out = capsys.readouterr().out
+    assert '  1  learns `y` from `x`' in out
+    if chosen == 2: assert '--set prompt_column=y --set completion_column=x' in out
+
+
+@pytest.mark.parametrize('terminal', [(True, False), (False, True), (False, False)])
+def test_nobody_is_asked_elsewhere(monkeypatch, terminal):
+    import sys
+    from types import SimpleNamespace
+    for name, is_terminal in zip(('stdin', 'stdout'), terminal):
+        monkeypatch.setattr(sys, name, SimpleNamespace(isatty=lambda is_terminal=is_terminal: is_terminal, write=lambda text: None, flush=lambda: None))
+    assert module.person_to_ask() is None

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'WIDTH', 'FEW', 'Prepared', 'wrap', 'shorten', 'shorten_parts', 'first_lines', 'first_example',
-           'show_example', 'Preview', 'check_paths', 'read_preview', 'Source', 'read_source', 'Division', 'divide',
-           'select_rows', 'rows_table', 'example_table', 'input_fingerprint', 'save_prepared', 'read_manifest',
-           'load_prepared', 'build_prepared', 'describe_prepared', 'prepare']
+           'show_example', 'ask_reading', 'person_to_ask', 'Preview', 'check_paths', 'read_preview', 'Source',
+           'read_source', 'Division', 'divide', 'select_rows', 'rows_table', 'example_table', 'input_fingerprint',
+           'save_prepared', 'read_manifest', 'load_prepared', 'build_prepared', 'describe_prepared', 'prepare']
 
 # %% ../../nbs/data/09_prepare.ipynb #3f1dc7a8
-import json, re, textwrap
+import json, re, sys, textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..config import DataSettings, RunConfig
+from ..config import DataSettings, RunConfig, set_options
 from ..core import ConfigError, DataError, Example
 from .chat_template import Encoded, check_template, encode, load_tokenizer, show_loss_mask
 from .clean import CleaningReport, clean, is_blank
@@ -133,6 +133,26 @@ def show_example(
         worse = 'the worse answer' if dpo else 'the worse answer, not learned from'
         lines += [f'rejected  {worse}', *wrap(shorten_parts(shown[1]), '    ')]
     return '\n'.join(lines)
+
+# %% ../../nbs/data/09_prepare.ipynb #7b0069e9
+def ask_reading(
+    readings: list,      # `DatasetFormat`s
+):                       # the one that is meant, or None
+    "Let a person choose what the columns mean."
+    print('The columns can be read in several ways.')
+    for number, reading in enumerate(readings, 1): print(f'  {number}  {what_is_learned(reading)}')
+    chosen = None
+    while chosen is None:
+        try: answer = input('Which one? (Enter: none) ').strip()
+        except EOFError: answer = ''
+        if not answer: return None
+        if answer.isdecimal() and 0 < int(answer) <= len(readings): chosen = readings[int(answer) - 1]
+    print(f'Next time: {set_options(chosen.settings)}')
+    return chosen
+
+def person_to_ask():     # `ask_reading`, or None
+    "Whom to ask: somebody at a terminal."
+    return ask_reading if sys.stdin.isatty() and sys.stdout.isatty() else None
 
 # %% ../../nbs/data/09_prepare.ipynb #f0557714
 @dataclass
