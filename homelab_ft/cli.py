@@ -100,31 +100,38 @@ def run(
 
 # %% ../nbs/06_cli.ipynb #5a27a12d
 def print_trace(
-    config: RunConfig,    # the settings
-    limit: int,           # memory of the GPU in bytes
-    about: list,          # what is known of the GPU
-    offset: int,          # bytes that a probe of this GPU added
+    plan,                 # `Plan`
+    width: int,           # columns
 ) -> int:                 # exit code
     "Trace two steps without a GPU, and say whether they fit."
     from homelab_ft.plan.trace.trace import fit_trace
-    arch = 'cpu' if config.device == 'cpu' else 'hopper'
-    verdict = fit_trace(config, limit, arch=arch, overhead_offset=offset)
-    print(*about, verdict.trace, verdict.sentence, sep='\n\n')
+    arch = 'cpu' if plan.config.device == 'cpu' else 'hopper'
+    verdict = fit_trace(plan.config, plan.limit_bytes, arch=arch, overhead_offset=plan.overhead_offset)
+    print(textwrap.fill(verdict.sentence, width), verdict.trace, sep='\n\n')
     return 0 if verdict.fits else 3
 
 def print_fit(
     config: RunConfig,   # the settings; those that were given are kept, but for how the batch is divided
     gpu,                 # the `Gpu`, or bytes
+    width: int,          # columns
 ) -> int:                # exit code
-    "Settings that fit, ranked."
+    "Settings that fit, ranked, and what each gives up."
     from homelab_ft.plan.autoconfigure import choices_table, find_settings, make_search
+    from homelab_ft.plan.cost import measure_data
     from homelab_ft.plan.memory.spec import EstimateSpec
     from homelab_ft.plan.model_shape import model_shape
     names = {'packing', *EstimateSpec.__dataclass_fields__} - {'gradient_accumulation_steps'}
     given = {name: getattr(config, name) for name in names & config.model_fields_set}
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    choices = find_settings(make_search(gpu, model_shape(config.model), config.max_length, batch, **given))
-    print(choices_table(choices) if choices else 'Nothing fits: take a smaller model, or set fewer settings.')
+    lengths = measure_data(config).lengths if config.data else config.max_length
+    search = make_search(gpu, model_shape(config.model), lengths, batch, config.num_train_epochs, **given)
+    choices = find_settings(search)
+    if not choices: print('Nothing fits: take a smaller model, or set fewer settings.')
+    else: print(choices_table(choices))
+    for choice in choices:
+        row = choice.row
+        text = f'{row["method"]}, {row["optimizer"]} gives up: {choice.what_it_gives_up}'
+        print('\n' + textwrap.fill(text, width, subsequent_indent='  '))
     return 0 if choices else 3
 
 def run_probe(
@@ -138,25 +145,24 @@ def run_probe(
 def plan(
     args,                # parsed arguments
 ) -> int:                # exit code
-    "Predict memory, and with --pilot time, energy and cost; exit code 3 if it does not fit."
-    from homelab_ft.api import plan_config
+    "Predict memory, and with --data time, energy and cost; exit code 3 if it does not fit."
+    from homelab_ft.api import full_plan
     from homelab_ft.plan.search import plan_target
     from homelab_ft.plan.summary import plan_json, plan_text
     config, target = read_settings(args), plan_target(args.gpu, args.gib)
-    if args.fit: return print_fit(config, target.gpu or target.limit)
-    planned = plan_config(config, target)
-    config, est, offset = planned.config, planned.estimate, planned.overhead_offset
-    if args.probe: return run_probe(config)
-    about = list(target.facts)
-    if offset: about.append(f'Corrected by a probe of this GPU: {offset / 2**20:+.0f} MiB.')
-    if planned.choice: about.append(f'Chosen, as a run would: {planned.choice}')
-    padded_dora = config.use_dora and est.step == 'padded' and not args.json
-    if args.trace or padded_dora: return print_trace(config, target.limit, about, offset)
-    if args.json: print(plan_json(config, target.name, target.limit, est))
-    else: print(*about, plan_text(est, target.limit), sep='\n\n')
+    width = min(80, shutil.get_terminal_size((80, 24)).columns)
+    if args.fit: return print_fit(config, target.gpu or target.limit, width)
+    in_file = load_config(args.config).model_dump(exclude_unset=True) if args.config else {}
+    given = config.model_dump(exclude_unset=True, exclude={'run_name', 'runs_dir'})
+    given = {name: value for name, value in given.items() if name not in in_file or in_file[name] != value}
+    planned = full_plan(config, target, given, args.config)
+    if args.probe: return run_probe(planned.config)
+    padded_dora = config.use_dora and planned.estimate.step == 'padded' and not args.json
+    if args.trace or padded_dora: return print_trace(planned, width)
+    print(plan_json(planned) if args.json else plan_text(planned, args.verbose, width))
     if args.pilot:
         from homelab_ft.pipeline import project_from_first_steps
-        print(f'\n{project_from_first_steps(config)}')
+        print(f'\n{project_from_first_steps(planned.config)}')
     return 0 if planned.fits else 3
 
 # %% ../nbs/06_cli.ipynb #8e2fd519
@@ -204,9 +210,9 @@ def chat(
 ):
     "Ask a model: a run, a model folder, a Hub id or `embedded`."
     from homelab_ft.deploy.chat import answer, load_chat, talk
+    model = load_chat(args.target)
     question = args.prompt
     if not question and not sys.stdin.isatty(): question = sys.stdin.read().strip()
-    model = load_chat(args.target)
     sampling = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
     if question: return answer(model, question, **sampling)
     if not sys.stdin.isatty(): return
@@ -217,7 +223,7 @@ def chat(
 def models(
     args,                # parsed arguments
 ):
-    "List the finished runs, the largest gain first."
+    "List the finished runs, better ones first."
     from homelab_ft.deploy.registry import models
     table = models(args.runs_dir)
     print(table if table.rows else 'no finished runs yet; homelab-ft quickstart makes one')
@@ -286,7 +292,8 @@ class Parser(argparse.ArgumentParser):
         setting = word.lstrip('-').replace('-', '_')
         near = near_matches(word, [*self.commands, *options])
         if word in ALIASES or setting in RunConfig.model_fields or setting in ALIASES:
-            next_step = f'--set {ALIASES.get(setting, setting)}=VALUE'
+            value = re.search(rf'{re.escape(word)}[= ]([^-\s]\S*)', message)
+            next_step = f'--set {ALIASES.get(setting, setting)}={value[1] if value else "VALUE"}'
         elif setting in INSTEAD: next_step = INSTEAD[setting]
         elif near: next_step = f'did you mean {near[0]}?'
         else: next_step = f'{self.prog} --help'
@@ -344,7 +351,8 @@ def add_training_commands(
     add('--set', metavar='KEY=VALUE', action='append', default=[], dest='overrides', help=set_help)
     for name, function in dict(run=run, plan=plan, data=data, train=train).items():
         parser = add_command(commands, name, function)
-        parser.usage = f'homelab-ft {name} --data FILE [--model MODEL] [options]'
+        source = '[--gpu NAME]' if name == 'plan' else '--data FILE'
+        parser.usage = f'homelab-ft {name} {source} [--model MODEL] [options]'
         add_settings(parser, trains=name != 'data')
         if name in ('run', 'train'): parser.add_argument('--resume', metavar='RUN', help='continue a run: its folder or name')
         if name == 'plan': add_plan_options(parser)
@@ -355,6 +363,7 @@ def add_plan_options(
     "Which GPU, and which of several answers."
     add = parser.add_mutually_exclusive_group().add_argument
     add('--gpu', metavar='NAME', help='a GPU that is not in this machine, for example 4090 or "RTX 3080 10 GB"')
+    parser.add_argument('--verbose', action='store_true', help='also all phases, what is given up, and facts about the GPU')
     add('--gib', type=float, metavar='GIB', help='memory of a GPU that is not in this machine, in GiB')
     add = parser.add_mutually_exclusive_group().add_argument
     add('--pilot', action='store_true', help='train a few steps on --data and project time, energy and cost')
@@ -375,7 +384,7 @@ def add_run_commands(
         if name == 'merge': add('--out', metavar='DIR', help='folder for the merged model (default: merged in the run folder)')
         if name == 'control':
             add('command_name', nargs='?', metavar='COMMAND', help='; '.join(f'{k}: {v}' for k, v in COMMANDS.items()))
-            add('value', nargs='?', type=float, help='the new learning rate')
+            add('value', nargs='?', type=float, metavar='VALUE', help='the new learning rate')
     add = add_command(commands, 'chat', chat).add_argument
     add('target', metavar='RUN_OR_MODEL', help="a run's folder, a model folder, a Hub id or embedded")
     add('--prompt', help='ask this and leave')

@@ -189,7 +189,7 @@ def evaluate_and_export(
     if not run.merged_path.exists(): merge(run)
     comparison = load_parity(run) or parity(run)
     if not comparison.passed:
-        log(f'the merged model answers differently from the adapter: do not ship it\n{comparison}')
+        log(f'the merged model answers differently from the fine-tuned model: do not ship it\n{comparison}')
     write_report(run, register(run), evaluation, comparison)
     return evaluation
 
@@ -227,7 +227,7 @@ def run_pipeline(
     auto_settings: bool = False,  # choose what nobody set
 ) -> RunFolder:                   # the finished run
     "All stages on a new run. Bad input raises a `HomelabError` before training."
-    log(f'data      {config.data}')
+    if config.data: log(f'data      {config.data}')
     run = new_run(config, log, auto_settings)
     log(f'train     {run.path}')
     train_here(run)

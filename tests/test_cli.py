@@ -161,7 +161,8 @@ def test_plan_chooses_what_nobody_set(nobodys_cards, capsys):
     code, found = chosen('12', '--set', 'method=lora', '--set', 'per_device_train_batch_size=3')
     assert (code, found['method'], found['batch_size'], found['gradient_accumulation_steps']) == (3, 'lora', 3, 1)
     main([*plan[:-2], '--gib', '24'])
-    assert 'Chosen, as a run would: lora' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 'settings       lora' in out and 'chosen         method' in out
 
 
 def test_plan_takes_what_a_program_gets(nobodys_cards, capsys):
@@ -190,8 +191,10 @@ def test_plan_on_a_card_shows_what_it_does_now(monkeypatch, capsys):
                            nvmlDeviceGetMemoryInfo=lambda c, version=None: SimpleNamespace(total=16376 * 2**20, free=2**30, reserved=434 * 2**20))
     monkeypatch.setitem(sys.modules, 'pynvml', nvml)
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
-    assert main(['plan']) == 0
+    assert main(['plan', '--verbose']) == 0
     assert '81 °C' in capsys.readouterr().out
+    assert main(['plan']) == 0
+    assert '81 °C' not in capsys.readouterr().out
     main(['plan', '--json'])
     answer = json.loads(capsys.readouterr().out)
     assert answer['gpu'] == 'Card' and answer['limit_bytes'] == 15942 * 2**20
@@ -234,7 +237,7 @@ def test_no_command_shows_the_help(capsys):
 
 
 @pytest.mark.parametrize('argv, said', [(['quikstart'], 'did you mean quickstart?'), (['run', '--max-lenght', '64'], 'did you mean --max-length?'),
-                                        (['run', '--lora-alpha', '8'], '--set lora_alpha=VALUE'), (['run', '--load-in-4bit'], 'method=qlora'),
+                                        (['run', '--lora-alpha', '8'], '--set lora_alpha=8'), (['run', '--load-in-4bit'], 'method=qlora'),
                                         (['eval'], 'homelab-ft eval --help'), (['settings', 'lerning_rate'], 'did you mean learning_rate?')])
 def test_a_typo_names_what_was_meant(argv, said, capsys):
     try: code = main(argv)

@@ -117,7 +117,8 @@ def test_nothing_of_this_loads_torch():
 
 def test_the_table_has_a_row_per_choice():
     found = find('rtx-4090', LLAMA, [300, 2000])
-    assert len(choices_table(found).rows) == len(found) and 'not known' in str(choices_table(found))
+    assert len(choices_table(found).rows) == len(found) and 'unknown' in str(choices_table(found))
+    assert max(map(len, str(choices_table(found)).splitlines())) <= 80
 
 
 # ---------------------------------------------------------------- what a run takes from it
@@ -155,7 +156,7 @@ def test_the_gpu_of_this_machine_is_used(monkeypatch, tmp_path):
     config = make_config(model='Llama-3.1-8B', max_length=2048)
     probes = tmp_path / 'probes.json'
     monkeypatch.setenv('HOMELAB_FT_PROBES', str(probes))
-    def machine(device, gib, name): return lambda: SimpleNamespace(device=device, total_bytes=gib * GiB, gpu_name=name, cpu_name='Example CPU', has_bfloat16=True)
+    def machine(device, gib, name): return lambda: SimpleNamespace(device=device, total_bytes=gib * GiB, free_bytes=gib * GiB, gpu_name=name, cpu_name='Example CPU', has_bfloat16=True)
     monkeypatch.setattr(search_module, 'detect_machine', machine('cpu', 64, None))
     monkeypatch.setattr(search_module, 'live_gpu', lambda: None)
     assert autoconfigure(config, [2048]) == (config, None)

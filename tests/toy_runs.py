@@ -30,3 +30,24 @@ def new_run(tmp_path, folder, name, **settings):
     save_cache(rows(40), run.data_path / 'train.safetensors')
     save_cache(rows(10, seed=1), run.data_path / 'validation.safetensors')
     return run
+
+
+def train_briefly(run, tok, steps, batch_size=8):
+    "Prepare the run's data and train its adapter for some steps in this process; the model with its adapter."
+    from homelab_ft.data.prepare import prepare
+    from homelab_ft.train.base_model import load_base
+    from homelab_ft.train.engine.batching import batch_order, collate
+    from homelab_ft.train.engine.padded import accumulate
+    from homelab_ft.train.lora import attach_lora, save_adapter
+    config = run.config()
+    torch.manual_seed(config.seed)
+    cache = prepare(config, tok, run.data_path).train
+    model = attach_lora(load_base(config.model), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
+    batches = [rows for epoch in range(steps) for rows in batch_order(cache.lengths, batch_size, config.seed, epoch)]
+    for rows in batches[:steps]:
+        accumulate(model, [collate(cache, rows, 0)])
+        optimizer.step()
+        optimizer.zero_grad()
+    save_adapter(model, run.adapter_path)
+    return model.eval()

@@ -9,7 +9,7 @@ from pathlib import Path
 from check_repo import ROOT
 
 PLANNER = ROOT / 'nbs' / 'images' / 'planner.svg'
-WIDTH, HEIGHT = 780, 580     # pixels
+WIDTH, HEIGHT = 780, 600     # pixels
 STATE = dict(model='Llama-3.1-8B', gpu='rtx-3060-12gb', length=2048)
 
 

@@ -147,7 +147,7 @@ def find_end_of_turn(
         if close not in continued.partition(QUESTION)[0]: close = None
     if close: return close
     raise ModelError(
-        "the chat template does not close the assistant's turn with a special token, so a tuned model would never stop",
+        "the chat template does not close the assistant's turn with a special token, so a fine-tuned model would never stop",
         value=f'behind the answer: {closing!r}',
         allowed="the model's end-of-turn token, such as <|im_end|>",
         next_step='set chat_template=FILE',

@@ -95,7 +95,7 @@ class Check:
 
 @dataclass
 class Parity:
-    "How far the merged model is from the adapter; `passed` is the result of the test. Prints as a table."
+    "How far the merged model is from the fine-tuned one; `passed` is the result of the test. Prints as a table."
     n_examples: int                # examples compared
     tokens: int                    # answer tokens in them
     prompts_equal: float           # share of rendered prompts that are the same text
@@ -135,7 +135,7 @@ class Parity:
 
     def table(self) -> Table:
         "The conditions, one line each."
-        title = f"merged against adapter, {self.n_examples} examples: {'passed' if self.passed else 'FAILED'}"
+        title = f"merged against fine-tuned, {self.n_examples} examples: {'passed' if self.passed else 'FAILED'}"
         lines = []
         for c in self.checks:
             lines.append([c.name, c.measured, c.allowed, 'ok' if c.passed else 'FAILED'])
@@ -184,7 +184,7 @@ def parity(
     n_examples: int = 32,     # test examples to compare, at most
     progress: bool = True,    # show progress bars
 ) -> Parity:
-    "Compare adapter and merged folder and write parity.json; `RunError` if there is no merged folder, `DataError` without test examples."
+    "Compare fine-tuned and merged model and write parity.json; `RunError` without merged folder, `DataError` without test examples."
     config = run.config()
     merged = Path(merged or run.merged_path)
     if not (merged / 'config.json').exists():

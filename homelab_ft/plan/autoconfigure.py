@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_LENGTH', 'BATCH_SETTINGS', 'OPEN_SETTINGS', 'Choice', 'seconds_per_token', 'best_division', 'longest_that_fits',
-           'concessions', 'make_search', 'find_settings', 'complete', 'choices_table', 'given_settings',
+           'Concession', 'concessions', 'make_search', 'find_settings', 'complete', 'choices_table', 'given_settings',
            'autoconfigure']
 
 # %% ../../nbs/plan/06_autoconfigure.ipynb #ec1c90f3
@@ -22,7 +22,7 @@ from .memory.overhead import overhead_offset_for
 from .memory.spec import check_fields
 from .model_shape import NoFormulaError, model_shape
 from .search import (
-    OPTIMIZERS, PlanTarget, SearchSpec, divisions, packing_choices, plan_target, settle_dtype, this_machine)
+    OPTIMIZERS, PlanTarget, SearchSpec, checkpointing_words, divisions, packing_choices, plan_target, settle_dtype, this_machine)
 from .throughput import MEASURED, check_limit, check_positive, flops_per_token, hours, microbatch_seconds, unsupported_reason
 
 # %% ../../nbs/plan/06_autoconfigure.ipynb #dd9e8fd4
@@ -36,7 +36,13 @@ class Choice:
     shortened: int = 0           # examples that are longer than `spec.length`
     tokens_per_second: float = None    # predicted, None if not known
     hours: float = None                # of training, None if not known
-    what_it_gives_up: str = ''         # and what that buys
+    gives_up: tuple = ()               # of `Concession`
+
+    @property
+    def what_it_gives_up(self) -> str:
+        "All concessions in one sentence."
+        text = '; '.join(map(str, self.gives_up)) or 'nothing'
+        return text[0].upper() + text[1:] + '.'
 
     @property
     def settings(self) -> dict:
@@ -58,22 +64,20 @@ class Choice:
         spec = self.spec
         return {
             'method': spec.method,
-            'batch × accumulation': f'{spec.batch_size} × {spec.gradient_accumulation_steps}',
+            'batch': f'{spec.batch_size} × {spec.gradient_accumulation_steps}',
             'length': spec.length,
             'packed': 'yes' if self.packing else 'no',
-            'layers': ', '.join(f'{n} {policy}' for policy, n in self.memory.policies.items()),
             'optimizer': spec.optim,
             'peak': fmt_gib(self.memory.peak),
-            'tokens/s': f'{self.tokens_per_second:,.0f}' if self.tokens_per_second else 'not known',
-            'training': fmt_duration(3600 * self.hours) if self.hours else 'not known',
-            'gives up': self.what_it_gives_up,
+            'tokens/s': f'{self.tokens_per_second:,.0f}' if self.tokens_per_second else 'unknown',
+            'training': fmt_duration(3600 * self.hours) if self.hours else 'unknown',
         }
 
     def __str__(self):
         row = self.row
         kind = 'packed sequences' if self.packing else 'sequences'
-        batch = f'{row["batch × accumulation"]} {kind} of up to {row["length"]} tokens'
-        return f'{row["method"]}, {batch}, {row["optimizer"]}: {row["peak"]} at the peak. Gives up: {row["gives up"]}'
+        batch = f'{row["batch"]} {kind} of up to {row["length"]} tokens'
+        return f'{row["method"]}, {row["optimizer"]}, {batch}, peak {row["peak"]}'
 
 # %% ../../nbs/plan/06_autoconfigure.ipynb #cecdd988
 def seconds_per_token(
@@ -126,44 +130,54 @@ def longest_that_fits(
         return not est.fits(search.limit, search.margin)
     return MIN_LENGTH + bisect_left(range(MIN_LENGTH, longest), True, key=too_long) - 1
 
+# %% ../../nbs/plan/06_autoconfigure.ipynb #382b85fb
+@dataclass(frozen=True)
+class Concession:
+    "What a setting gives up, and what that buys."
+    setting: str     # name of the setting of a run
+    text: str        # a sentence without a full stop
+
+    def __str__(self): return self.text
+
 # %% ../../nbs/plan/06_autoconfigure.ipynb #628fb76b
 def concessions(
     search: SearchSpec,      # what is given
     choice: Choice,          # the way to train
-) -> list:                   # of sentences without a full stop
+) -> list:                   # of `Concession`
     "What settings give up, and what that buys."
     shape, est = search.shape, choice.memory
     n, steps, length = shape.num_hidden_layers, choice.spec.gradient_accumulation_steps, choice.spec.length
     spec = choice.spec.replace(policies=est.policies, gradient_checkpointing=False)
-    texts = []
+    found = []
 
     def at_rest(est): return sum(est.phases['optimizer step'].values())
     def static(**changes):      # policies may not exist for another method
         return at_rest(estimate(shape, spec, padding_free='auto', policies=None, **changes))
-    def add(text, before, after, more=''): texts.append(f'{text} ({fmt_gib(max(0, before - after))} less{more})')
+    def add(setting, text, before, after, more=''):
+        found.append(Concession(setting, f'{text} ({fmt_gib(max(0, before - after))} less{more})'))
 
     if spec.method != 'full':
-        add(f'an adapter of rank {spec.lora_r} learns, not all weights', static(method='full'), static(method='lora'))
+        add('method', f'an adapter of rank {spec.lora_r} learns, not all weights', static(method='full'), static(method='lora'))
     if bits := dict(int8=8, qlora=4).get(spec.method):
-        add(f'weights in {bits} bits', static(method='lora'), static())
+        add('method', f'weights in {bits} bits', static(method='lora'), static())
     if '8bit' in spec.optim:
-        add('optimizer states in 8 bits', at_rest(estimate(shape, spec, optim='adamw_torch')), at_rest(est))
-    recomputed = [f'{k} of {n} layers at policy {policy}' for policy, k in est.policies.items() if policy != 'none']
-    if recomputed:
+        add('optim', 'optimizer states in 8 bits', at_rest(estimate(shape, spec, optim='adamw_torch')), at_rest(est))
+    if est.policies.get('none') != n:
         flops = flops_per_token(shape, spec, est.policies, search.lengths_up_to(length))
         more = flops['recompute'] / (sum(flops.values()) - flops['recompute'])
         before = estimate(shape, spec, policies=dict(none=n)).peak
-        add(' and '.join(recomputed), before, est.peak, f', {more:.0%} more FLOPs')
+        add('gradient_checkpointing', f'checkpointing: {checkpointing_words(est.policies)}', before, est.peak, f', {more:.0%} more FLOPs')
     if steps > 1:
         time = ''
         if not unsupported_reason(search.gpu, spec, est.step):
             seconds = (steps - 1) * MEASURED.microbatch_seconds * MEASURED.tflops / search.gpu.bf16_tflops
             time = f', {seconds:.2g} s more'
         at_once = estimate(shape, spec, batch_size=spec.batch_size * steps, gradient_accumulation_steps=1)
-        add(f'{steps} micro-batches for a step', at_once.peak, est.peak, time)
+        add('per_device_train_batch_size', f'{steps} micro-batches for a step', at_once.peak, est.peak, time)
     if choice.shortened:
-        texts.append(f'{choice.shortened} of {len(search.lengths)} examples are cut to {length} tokens')
-    return texts
+        text = f'{choice.shortened} of {len(search.lengths)} examples are cut to {length} tokens'
+        found.append(Concession('max_length', text))
+    return found
 
 # %% ../../nbs/plan/06_autoconfigure.ipynb #73751291
 BATCH_SETTINGS = ('per_device_train_batch_size', 'gradient_accumulation_steps', 'packing', 'max_length')
@@ -231,14 +245,13 @@ def complete(
     if search.tokens:
         kept = search.lengths_up_to(choice.spec.length).sum() / search.lengths.sum()
         time = hours(float(search.tokens * kept), speed, search.epochs)
-    text = '; '.join(concessions(search, choice)) or 'nothing'
-    text = text[0].upper() + text[1:] + '.'
-    return replace(choice, tokens_per_second=speed, hours=time, what_it_gives_up=text)
+    gives_up = tuple(concessions(search, choice))
+    return replace(choice, tokens_per_second=speed, hours=time, gives_up=gives_up)
 
 def choices_table(
     choices: list,       # from `find_settings`
 ) -> Table:
-    "One row per choice, the best first."
+    "One row per choice, the best first; fits 80 characters."
     headers = list(choices[0].row) if choices else ['method']
     return Table(headers, [list(choice.row.values()) for choice in choices])
 

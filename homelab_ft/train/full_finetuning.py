@@ -54,7 +54,7 @@ def load_full(
     model,                  # the base, loaded with the dtype and on the device of the result
     folder,                 # from `save_model_folder`
 ):                          # a transformers model, frozen, in evaluation mode
-    "The tuned model in place of the base, which only provides class, dtype and device; `ModelError` if weights are missing."
+    "The fine-tuned model in place of the base, which only provides class, dtype and device; `ModelError` if weights are missing."
     check_weights(str(folder))
     tuned = type(model).from_pretrained(str(folder), dtype=model.dtype, use_safetensors=True, trust_remote_code=False)
     return tuned.to(model.device).requires_grad_(False).eval()

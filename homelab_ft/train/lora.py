@@ -182,7 +182,7 @@ def save_adapter(
 def need_trained(
     run,                    # `RunFolder`
 ):
-    "`RunError` for a run that has neither an adapter nor a tuned model yet."
+    "`RunError` for a run that has neither an adapter nor a fine-tuned model yet."
     if any(run.adapter_path.glob('*.safetensors')): return
     raise RunError('the run has no adapter yet', value=run.path, next_step='train it first: homelab-ft train')
 

@@ -94,11 +94,12 @@ def estimate_table(
     est: MemoryEstimate,   # the estimate
 ) -> Table:
     "One row per part, one column per phase, in GiB, the peak marked; fits 80 characters."
-    def cells(values): return [f'{value / GiB:.2f}' if value else '' for value in values]
+    def cell(value): return f'{value / GiB:.{1 if value >= 100 * GiB else 2}f}' if value else ''
+    def cells(values): return [cell(value) for value in values]
 
-    headers = [f'{name} ← peak' if name == est.phase else name for name in est.phases]
+    headers = [name.replace(' ', '\n') + '\n← peak' * (name == est.phase) for name in est.phases]
     phases = est.phases.values()
-    rows = [[part.replace('logits_loss', 'logits + loss'), *cells(parts[part] for parts in phases)] for part in PARTS]
+    rows = [[part.replace('logits_loss', 'logits, loss'), *cells(parts[part] for parts in phases)] for part in PARTS]
     total = ['process', *cells(sum(parts.values()) for parts in phases)]
     return Table(['GiB', *headers], [*rows, total])
 

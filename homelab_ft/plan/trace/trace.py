@@ -11,7 +11,7 @@ import json, os, subprocess, sys, time
 from dataclasses import dataclass
 
 from ... import core
-from ...core import ConfigError, RunError, fmt_gib
+from ...core import GiB, MiB, ConfigError, RunError, fmt_gib
 from ...config import RunConfig
 from ...table import Table
 from ..memory.estimate import check_length, check_policies
@@ -46,14 +46,16 @@ class MemoryTrace:
         return self.process - (0 if self.cuda_graph else self.reserved - self.allocated)
 
     def table(self) -> Table:
-        "One row per phase, one column per category, the peak marked."
+        "One row per category, one column per phase, the peak marked; fits 80 characters."
         shown = [c for c in CATEGORIES if any(parts[c] for parts in self.phases.values())]
-        rows = []
-        for name, parts in self.phases.items():
-            label = f'{name} ← peak' if name == self.phase else name
-            cells = [fmt_gib(parts[c]) if parts[c] else '' for c in shown]
-            rows.append([label, *cells, fmt_gib(sum(parts.values()))])
-        return Table(['phase', *shown, 'allocated'], rows)
+        unit, size = ('GiB', GiB) if self.allocated >= GiB else ('MiB', MiB)
+        def cells(values): return [f'{value / size:.2f}' if value else '' for value in values]
+
+        phases = self.phases.values()
+        headers = [name.replace(' ', '\n') + '\n← peak' * (name == self.phase) for name in self.phases]
+        rows = [[c, *cells(parts[c] for parts in phases)] for c in shown]
+        total = ['allocated', *cells(sum(parts.values()) for parts in phases)]
+        return Table([unit, *headers], [*rows, total])
 
     def __str__(self): return str(self.table())
     def _repr_html_(self): return self.table()._repr_html_()
