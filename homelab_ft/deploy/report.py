@@ -64,7 +64,7 @@ def report_markdown(
         lines = data_report.read_text(encoding='utf-8').splitlines()
         lines = ['#' + line if line.startswith('#') else line for line in lines]
         parts.append('\n'.join(lines))
-    if parity: parts += ['## Adapter against merged model', table_markdown(parity.table())]
+    if parity: parts += ['## Fine-tuned against merged model', table_markdown(parity.table())]
     parts += ['## To repeat it',
               '`config.yaml` in this folder repeats the run; what differs from the defaults:',
               table_markdown(settings),
