@@ -193,10 +193,11 @@ def evaluate(
     run,                 # `RunFolder`, its path or its name
     runs_dir='runs',     # folder of all runs
 ):                       # `Evaluation`: base against fine-tuned, with intervals
-    "Compare the fine-tuned model with its base on the run's test rows; measured once, then read."
-    from homelab_ft.evaluate.compare import compare, load_evaluation
+    "Compare the fine-tuned model with its base on the run's test rows; measured once for an adapter, then read."
+    from homelab_ft.deploy.registry import current_evaluation
+    from homelab_ft.evaluate.compare import compare
     run = find_run(run, runs_dir)
-    return load_evaluation(run) if run.evaluation_path.exists() else compare(run)
+    return current_evaluation(run) or compare(run)
 
 def chat(
     run,                 # `RunFolder`, run or model folder, Hub id, or `embedded`
@@ -210,8 +211,8 @@ def export(
     out=None,            # folder for the merged model; None: `merged` in the run folder
     runs_dir='runs',     # folder of all runs
 ) -> Path:               # the merged model
-    "One plain model folder of a run; what exists is not made again."
-    from homelab_ft.deploy.merge import merge
+    "One plain model folder of a run; what exists for its present adapter is not made again."
+    from homelab_ft.deploy.merge import merge, merged_is_current
     run = find_run(run, runs_dir)
-    if out is None and run.merged_path.exists(): return run.merged_path
+    if out is None and merged_is_current(run): return run.merged_path
     return merge(run, out)

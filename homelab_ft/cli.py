@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['SET_HELP', 'RUNS_DIR_HELP', 'ORDER', 'DATA_OPTIONS', 'TRAIN_OPTIONS', 'COMMAND_GROUPS', 'EPILOG', 'add_settings',
-           'read_settings', 'print_result', 'quickstart', 'run', 'print_trace', 'print_fit', 'run_probe', 'plan',
-           'data', 'train', 'evaluate', 'merge', 'chat', 'models', 'control', 'settings', 'init', 'doctor',
-           'wrap_message', 'Parser', 'describe_commands', 'add_command', 'add_training_commands', 'add_plan_options',
-           'add_run_commands', 'add_help_commands', 'make_parser', 'print_error', 'main']
+           'option_settings', 'read_settings', 'resume_settings', 'print_result', 'quickstart', 'run', 'print_trace',
+           'print_fit', 'run_probe', 'plan', 'data', 'train', 'print_unfinished', 'evaluate', 'merge', 'chat', 'models',
+           'control', 'settings', 'init', 'doctor', 'wrap_message', 'Parser', 'describe_commands', 'add_command',
+           'add_training_commands', 'add_plan_options', 'add_run_commands', 'add_help_commands', 'make_parser',
+           'print_error', 'main']
 
 # %% ../nbs/06_cli.ipynb #0fe0a674
 import argparse, os, re, shutil, subprocess, sys, tempfile, textwrap, warnings
 
 from . import __version__
-from .core import HomelabError, near_matches
+from .core import ConfigError, HomelabError, near_matches
 from .config import ALIASES, INSTEAD, RunConfig, current_names, load_config, parse_override
 from .progress import silence_other_bars
 from .train.run_folder import COMMANDS, open_run, send, status
@@ -58,17 +59,34 @@ def add_settings(
         ways = [option, '--lr'] if name == 'learning_rate' else [option]
         group.add_argument(*ways, dest=name, metavar=value, help=RunConfig.model_fields[name].description)
 
-def read_settings(
+def option_settings(
     args,                # parsed arguments
-) -> RunConfig:
-    "The checked settings; `ConfigError` for anything unknown or out of range."
+) -> dict:               # setting -> value; None: not given
+    "The settings that have options of their own."
     given = dict(data=args.data, model=args.model, max_rows=args.max_rows, max_minutes=args.max_minutes)
     given |= dict(run_name=args.name, runs_dir=args.runs_dir)
     given |= {name: getattr(args, name, None) for name in DATA_OPTIONS | TRAIN_OPTIONS}
     for text in args.overrides:
         name = parse_override(text)[0]
         if given.get(ALIASES.get(name, name)) is not None: print(f'the option counts, not --set {text}', file=sys.stderr)
-    return load_config(args.config, args.overrides, **given)
+    return given
+
+def read_settings(
+    args,                # parsed arguments
+) -> RunConfig:
+    "The checked settings; `ConfigError` for anything unknown or out of range."
+    return load_config(args.config, args.overrides, **option_settings(args))
+
+def resume_settings(
+    args,                # parsed arguments, with `--resume`
+) -> dict:               # setting -> new value
+    "What is to change in a run that is continued; `ConfigError` for a file of settings."
+    if args.config:
+        raise ConfigError('--config describes a new run', args.config, '--set KEY=VALUE together with --resume',
+                          'leave out --config, or leave out --resume')
+    given = current_names(dict(parse_override(text) for text in args.overrides))
+    options = option_settings(args) | dict(runs_dir=None)      # where the run is
+    return given | {name: value for name, value in options.items() if value is not None}
 
 # %% ../nbs/06_cli.ipynb #fade2e8e
 def print_result(
@@ -94,7 +112,7 @@ def run(
 ):
     "All stages on your own data and model."
     from homelab_ft.pipeline import resume_pipeline, run_pipeline
-    if args.resume: finished = resume_pipeline(open_run(args.resume, args.runs_dir or 'runs'))
+    if args.resume: finished = resume_pipeline(open_run(args.resume, args.runs_dir or 'runs'), **resume_settings(args))
     else: finished = run_pipeline(read_settings(args), auto_settings=True)
     print_result(finished)
 
@@ -181,12 +199,22 @@ def train(
     args,                # parsed arguments
 ):
     "Prepare and train, or continue a run; no evaluation."
-    from homelab_ft.pipeline import new_run, train_here
-    run = open_run(args.resume, args.runs_dir or 'runs') if args.resume else new_run(read_settings(args), auto_settings=True)
+    from homelab_ft.pipeline import new_run, prepare_resume, train_here
+    if args.resume:
+        run = open_run(args.resume, args.runs_dir or 'runs')
+        prepare_resume(run, **resume_settings(args))
+    else: run = new_run(read_settings(args), auto_settings=True)
     print(train_here(run, resume=bool(args.resume)))
     print(f'result  {run.adapter_path}\nnext    homelab-ft run --resume {run.path}')
 
 # %% ../nbs/06_cli.ipynb #c8f34719
+def print_unfinished(
+    run,                 # a run
+):
+    "Say so if training is not finished: what was measured or merged is not the final model."
+    now = status(run)
+    if now.state != 'finished': print(f'not the final model: {now}; homelab-ft run --resume {run.path} continues it')
+
 def evaluate(
     args,                # parsed arguments
 ):
@@ -194,6 +222,7 @@ def evaluate(
     from homelab_ft.evaluate.compare import compare
     run = open_run(args.run, args.runs_dir)
     print(compare(run, run.config()))
+    print_unfinished(run)
 
 def merge(
     args,                # parsed arguments
@@ -204,15 +233,16 @@ def merge(
     run = open_run(args.run, args.runs_dir)
     folder = merge(run, args.out)
     print(f'{folder}\n\n{parity(run, folder)}')
+    print_unfinished(run)
 
 def chat(
     args,                # parsed arguments
 ):
     "Ask a model: a run, a model folder, a Hub id or `embedded`."
     from homelab_ft.deploy.chat import answer, load_chat, talk
+    model = load_chat(args.target)
     question = args.prompt
     if not question and not sys.stdin.isatty(): question = sys.stdin.read().strip()
-    model = load_chat(args.target)
     sampling = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
     if question: return answer(model, question, **sampling)
     if not sys.stdin.isatty(): return
@@ -292,7 +322,8 @@ class Parser(argparse.ArgumentParser):
         setting = word.lstrip('-').replace('-', '_')
         near = near_matches(word, [*self.commands, *options])
         if word in ALIASES or setting in RunConfig.model_fields or setting in ALIASES:
-            next_step = f'--set {ALIASES.get(setting, setting)}=VALUE'
+            value = re.search(rf'{re.escape(word)}[= ]([^-\s]\S*)', message)
+            next_step = f'--set {ALIASES.get(setting, setting)}={value[1] if value else "VALUE"}'
         elif setting in INSTEAD: next_step = INSTEAD[setting]
         elif near: next_step = f'did you mean {near[0]}?'
         else: next_step = f'{self.prog} --help'
@@ -350,7 +381,8 @@ def add_training_commands(
     add('--set', metavar='KEY=VALUE', action='append', default=[], dest='overrides', help=set_help)
     for name, function in dict(run=run, plan=plan, data=data, train=train).items():
         parser = add_command(commands, name, function)
-        parser.usage = f'homelab-ft {name} --data FILE [--model MODEL] [options]'
+        source = '[--gpu NAME]' if name == 'plan' else '--data FILE'
+        parser.usage = f'homelab-ft {name} {source} [--model MODEL] [options]'
         add_settings(parser, trains=name != 'data')
         if name in ('run', 'train'): parser.add_argument('--resume', metavar='RUN', help='continue a run: its folder or name')
         if name == 'plan': add_plan_options(parser)
@@ -382,7 +414,7 @@ def add_run_commands(
         if name == 'merge': add('--out', metavar='DIR', help='folder for the merged model (default: merged in the run folder)')
         if name == 'control':
             add('command_name', nargs='?', metavar='COMMAND', help='; '.join(f'{k}: {v}' for k, v in COMMANDS.items()))
-            add('value', nargs='?', type=float, help='the new learning rate')
+            add('value', nargs='?', type=float, metavar='VALUE', help='the new learning rate')
     add = add_command(commands, 'chat', chat).add_argument
     add('target', metavar='RUN_OR_MODEL', help="a run's folder, a model folder, a Hub id or embedded")
     add('--prompt', help='ask this and leave')

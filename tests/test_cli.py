@@ -237,7 +237,7 @@ def test_no_command_shows_the_help(capsys):
 
 
 @pytest.mark.parametrize('argv, said', [(['quikstart'], 'did you mean quickstart?'), (['run', '--max-lenght', '64'], 'did you mean --max-length?'),
-                                        (['run', '--lora-alpha', '8'], '--set lora_alpha=VALUE'), (['run', '--load-in-4bit'], 'method=qlora'),
+                                        (['run', '--lora-alpha', '8'], '--set lora_alpha=8'), (['run', '--load-in-4bit'], 'method=qlora'),
                                         (['eval'], 'homelab-ft eval --help'), (['settings', 'lerning_rate'], 'did you mean learning_rate?')])
 def test_a_typo_names_what_was_meant(argv, said, capsys):
     try: code = main(argv)

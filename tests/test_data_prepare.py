@@ -245,7 +245,7 @@ def test_long_texts(tmp_path):
 # -- bad input: one clear error, nothing written --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('settings, error, says', [
-    (dict(), ConfigError, 'set data=FILE'),
+    (dict(), ConfigError, '--data FILE'),
     (dict(data='none.csv'), DataError, 'no such file'),
     (dict(data='small.csv', test_data='none.csv'), DataError, 'no such file'),
     (dict(data='empty.csv'), DataError, 'empty'),

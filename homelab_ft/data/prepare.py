@@ -303,7 +303,7 @@ def prepare(
         raise ConfigError(
             'no data file is given',
             allowed='CSV, JSON, JSONL, Parquet, or a saved datasets folder',
-            next_step='set data=FILE',
+            next_step='give a file: --data FILE, or data=FILE in Python',
         )
     for path in filter(None, (config.data, config.test_data)):
         if not Path(path).expanduser().exists(): load_rows(path)     # says what is wrong with the path

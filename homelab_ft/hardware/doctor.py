@@ -140,8 +140,8 @@ class Check:
     found: str           # one sentence or figure
     cure: str = ''       # what to do, a command where there is one
 
-CUDA_TORCH = 'pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130'
-OLDER_CUDA_TORCH = 'pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126'
+CUDA_TORCH = 'pip install --force-reinstall torch \\\n  --index-url https://download.pytorch.org/whl/cu130'
+OLDER_CUDA_TORCH = CUDA_TORCH.replace('cu130', 'cu126')
 INSTALL_DRIVER = 'sudo ubuntu-drivers install\nsudo reboot'
 
 def check_driver(
