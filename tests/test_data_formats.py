@@ -187,7 +187,8 @@ def test_a_setting_that_does_nothing_is_refused():
 
 def test_a_file_without_names_is_recognised():
     rows = [{'Where is the key to the cellar of this house?': 'a', 'x': 'b'}]
-    with pytest.raises(DataError, match='the first line looks like a row'): detect_format(rows)
+    with pytest.raises(DataError, match='the first line looks like a row') as e: detect_format(rows)
+    assert 'question,answer' in e.value.next_step and '--set' not in e.value.next_step
 
 
 # ---------------------------------------------------------------- judged answers

@@ -276,12 +276,14 @@ def refuse_columns(
     kinds = possible_formats(columns.config)
     how = f" ({' or '.join(kinds)})" if kinds != list(KINDS) else ''
     why = 'they can be read in several ways' if len(detection.readings) > 1 else 'no name says what is learned'
+    next_step = options_to_paste(detection.readings, columns)
     if any(len(name) > 60 or name.endswith(('?', '!')) for name in columns.names):
-        why = 'the first line looks like a row; put a line with the names of the columns above it'
+        why = 'the first line looks like a row'
+        next_step = 'put a line with names above it, for example: question,answer'
     return DataError(
         f'the dataset format cannot be detected from the columns{how}: {why}',
         value=', '.join(columns.names),
-        next_step=options_to_paste(detection.readings, columns),
+        next_step=next_step,
     )
 
 # %% ../../nbs/data/02_formats.ipynb #c830973c
