@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['SET_HELP', 'RUNS_DIR_HELP', 'ORDER', 'DATA_OPTIONS', 'TRAIN_OPTIONS', 'COMMAND_GROUPS', 'EPILOG', 'add_settings',
-           'read_settings', 'print_result', 'quickstart', 'run', 'print_trace', 'print_fit', 'run_probe', 'plan',
-           'data', 'train', 'evaluate', 'merge', 'chat', 'models', 'control', 'settings', 'init', 'doctor',
-           'wrap_message', 'Parser', 'describe_commands', 'add_command', 'add_training_commands', 'add_plan_options',
-           'add_run_commands', 'add_help_commands', 'make_parser', 'print_error', 'main']
+           'option_settings', 'read_settings', 'resume_settings', 'print_result', 'quickstart', 'run', 'print_trace',
+           'print_fit', 'run_probe', 'plan', 'data', 'train', 'print_unfinished', 'evaluate', 'merge', 'chat', 'models',
+           'control', 'settings', 'init', 'doctor', 'wrap_message', 'Parser', 'describe_commands', 'add_command',
+           'add_training_commands', 'add_plan_options', 'add_run_commands', 'add_help_commands', 'make_parser',
+           'print_error', 'main']
 
 # %% ../nbs/06_cli.ipynb #0fe0a674
 import argparse, os, re, shutil, subprocess, sys, tempfile, textwrap, warnings
 
 from . import __version__
-from .core import HomelabError, near_matches
+from .core import ConfigError, HomelabError, near_matches
 from .config import ALIASES, INSTEAD, RunConfig, current_names, load_config, parse_override
 from .progress import silence_other_bars
 from .train.run_folder import COMMANDS, open_run, send, status
@@ -58,17 +59,34 @@ def add_settings(
         ways = [option, '--lr'] if name == 'learning_rate' else [option]
         group.add_argument(*ways, dest=name, metavar=value, help=RunConfig.model_fields[name].description)
 
-def read_settings(
+def option_settings(
     args,                # parsed arguments
-) -> RunConfig:
-    "The checked settings; `ConfigError` for anything unknown or out of range."
+) -> dict:               # setting -> value; None: not given
+    "The settings that have options of their own."
     given = dict(data=args.data, model=args.model, max_rows=args.max_rows, max_minutes=args.max_minutes)
     given |= dict(run_name=args.name, runs_dir=args.runs_dir)
     given |= {name: getattr(args, name, None) for name in DATA_OPTIONS | TRAIN_OPTIONS}
     for text in args.overrides:
         name = parse_override(text)[0]
         if given.get(ALIASES.get(name, name)) is not None: print(f'the option counts, not --set {text}', file=sys.stderr)
-    return load_config(args.config, args.overrides, **given)
+    return given
+
+def read_settings(
+    args,                # parsed arguments
+) -> RunConfig:
+    "The checked settings; `ConfigError` for anything unknown or out of range."
+    return load_config(args.config, args.overrides, **option_settings(args))
+
+def resume_settings(
+    args,                # parsed arguments, with `--resume`
+) -> dict:               # setting -> new value
+    "What is to change in a run that is continued; `ConfigError` for a file of settings."
+    if args.config:
+        raise ConfigError('--config describes a new run', args.config, '--set KEY=VALUE together with --resume',
+                          'leave out --config, or leave out --resume')
+    given = current_names(dict(parse_override(text) for text in args.overrides))
+    options = option_settings(args) | dict(runs_dir=None)      # where the run is
+    return given | {name: value for name, value in options.items() if value is not None}
 
 # %% ../nbs/06_cli.ipynb #fade2e8e
 def print_result(
@@ -93,9 +111,10 @@ def run(
     args,                # parsed arguments
 ):
     "All stages on your own data and model."
+    from homelab_ft.data.prepare import person_to_ask
     from homelab_ft.pipeline import resume_pipeline, run_pipeline
-    if args.resume: finished = resume_pipeline(open_run(args.resume, args.runs_dir or 'runs'))
-    else: finished = run_pipeline(read_settings(args), auto_settings=True)
+    if args.resume: finished = resume_pipeline(open_run(args.resume, args.runs_dir or 'runs'), **resume_settings(args))
+    else: finished = run_pipeline(read_settings(args), auto_settings=True, choose=person_to_ask())
     print_result(finished)
 
 # %% ../nbs/06_cli.ipynb #5a27a12d
@@ -170,23 +189,35 @@ def data(
     args,                # parsed arguments
 ):
     "Check a data file: what is learned from what, what is left out."
-    from homelab_ft.data.chat_template import load_tokenizer
-    from homelab_ft.data.prepare import prepare
-    config = read_settings(args)
-    tok = load_tokenizer(config.model, config.chat_template, needs_template=False)      # plain text needs none
-    with tempfile.TemporaryDirectory() as folder:
-        print(*prepare(config, tok, folder).report, sep='\n\n')
+    from homelab_ft.data.prepare import person_to_ask, prepare, read_preview
+    preview = read_preview(read_settings(args), choose=person_to_ask())
+    tok = preview.load_tokenizer()
+    with tempfile.TemporaryDirectory() as folder: report = prepare(preview.config, tok, folder, preview).report
+    for table in report:
+        if table.title not in ('Dataset format', 'Example'): print(f'\n{table}')      # both were said first
 
 def train(
     args,                # parsed arguments
 ):
     "Prepare and train, or continue a run; no evaluation."
-    from homelab_ft.pipeline import new_run, train_here
-    run = open_run(args.resume, args.runs_dir or 'runs') if args.resume else new_run(read_settings(args), auto_settings=True)
+    from homelab_ft.data.prepare import describe_prepared, person_to_ask
+    from homelab_ft.pipeline import new_run, prepare_resume, train_here
+    if args.resume:
+        run = open_run(args.resume, args.runs_dir or 'runs')
+        prepare_resume(run, **resume_settings(args))
+        print(describe_prepared(run.data_path, run.config().objective))
+    else: run = new_run(read_settings(args), auto_settings=True, choose=person_to_ask())
     print(train_here(run, resume=bool(args.resume)))
     print(f'result  {run.adapter_path}\nnext    homelab-ft run --resume {run.path}')
 
 # %% ../nbs/06_cli.ipynb #c8f34719
+def print_unfinished(
+    run,                 # a run
+):
+    "Say so if training is not finished: what was measured or merged is not the final model."
+    now = status(run)
+    if now.state != 'finished': print(f'not the final model: {now}; homelab-ft run --resume {run.path} continues it')
+
 def evaluate(
     args,                # parsed arguments
 ):
@@ -194,6 +225,7 @@ def evaluate(
     from homelab_ft.evaluate.compare import compare
     run = open_run(args.run, args.runs_dir)
     print(compare(run, run.config()))
+    print_unfinished(run)
 
 def merge(
     args,                # parsed arguments
@@ -204,6 +236,7 @@ def merge(
     run = open_run(args.run, args.runs_dir)
     folder = merge(run, args.out)
     print(f'{folder}\n\n{parity(run, folder)}')
+    print_unfinished(run)
 
 def chat(
     args,                # parsed arguments
@@ -272,7 +305,7 @@ def wrap_message(
     for line in text.splitlines():
         content = line.strip()
         indent = ' ' * (len(line) - len(content))
-        is_command = content.removeprefix('next step: ').startswith(('homelab-ft ', 'pip ', 'hf ', 'sudo '))
+        is_command = content.removeprefix('next step: ').startswith(('homelab-ft ', '--set ', 'pip ', 'hf ', 'sudo '))
         whole = is_command or len(line) <= width
         lines += [line] if whole else textwrap.wrap(line, width, subsequent_indent=indent + '  ', break_long_words=False,
                                                     break_on_hyphens=False)

@@ -50,6 +50,20 @@ class HomelabError(Exception):
         self.next_step = next_step
         super().__init__(str(self))
 
+    def record(self) -> dict:
+        "What another process needs to raise the same error."
+        value = None if self.value is None else str(self.value)
+        return dict(kind=type(self).__name__, what=self.what, value=value, allowed=self.allowed, next_step=self.next_step)
+
+    @staticmethod
+    def from_record(
+        record: dict,            # from `record`
+    ):                           # the error, of the same class
+        "The error of another process."
+        kinds = {kind.__name__: kind for kind in HomelabError.__subclasses__()}
+        fields = {name: record.get(name) for name in ('what', 'value', 'allowed', 'next_step')}
+        return kinds.get(record.get('kind'), HomelabError)(**fields)
+
     def __str__(self):
         lines = [self.what]
         if self.value is not None: lines.append(f'seen: {str(self.value)[:300]}')
@@ -190,7 +204,7 @@ def model_path(
         raise ModelError(what, folder, allowed, 'download the safetensors weights into it')
     return str(folder)
 
-# %% ../nbs/00_core.ipynb #3cd04804
+# %% ../nbs/00_core.ipynb #72fd69a0
 def load_model_config(
     model: str,      # folder, Hub id, or `embedded`
 ):                   # a transformers config

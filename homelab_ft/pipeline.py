@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['QUICKSTART', 'quickstart_config', 'required_disk_bytes', 'check_inputs', 'largest_batch', 'plan_run',
            'training_sequences', 'plan_warnings', 'new_run', 'evaluate_and_export', 'stop_on_ctrl_c', 'train_here',
-           'run_pipeline', 'resume_pipeline', 'read_projection', 'project_from_first_steps', 'result_text']
+           'run_pipeline', 'prepare_resume', 'resume_pipeline', 'read_projection', 'project_from_first_steps',
+           'result_text']
 
 # %% ../nbs/05_pipeline.ipynb #a2704562
 import json, os, shutil, signal, tempfile, threading, time
@@ -14,15 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import HardwareError, MiB, RunError, model_path
+from .core import ConfigError, HardwareError, MiB, RunError, model_path
 from .config import RunConfig, make_config
-from .data.chat_template import load_tokenizer
-from .data.prepare import prepare
+from .data.prepare import describe_prepared, prepare, read_preview
 from .data.sample.tickets import write_tickets
 from .data.tokenize import TokenCache, make_cache
-from .deploy.merge import merge
-from .deploy.parity import load_parity, parity
-from .deploy.registry import register
+from .deploy.merge import merge, merged_is_current
+from .deploy.parity import current_parity, parity
+from .deploy.registry import current_evaluation, register
 from .deploy.report import cost_table, write_report
 from .evaluate.compare import compare, load_evaluation
 from .io import append_jsonl, now
@@ -34,7 +34,8 @@ from .plan.model_shape import NoFormulaError, model_shape
 from .plan.memory.estimate import estimate_for, uncertainty, verdict
 from .train.launcher import follow, start
 from .train.dpo import check_preference
-from .train.base_model import validate_method, resolve_device
+from .train.base_model import check_base, validate_method, resolve_device
+from .train.resume import change_settings, check_rows
 from .train.lora import check_targets
 from .train.model_files import check_weights
 from .train.run_folder import RunFolder, create_run, events, send, status, update_manifest
@@ -50,6 +51,9 @@ def quickstart_config(
 ) -> RunConfig:
     "Write the sample tickets (unless they are there) and return the settings that train on them."
     config = make_config(**QUICKSTART | settings)
+    for name in 'data', 'test_data':
+        if name in settings:
+            raise ConfigError(f'the quickstart has its own {name}', settings[name], next_step='use homelab-ft run for your own data')
     train_csv, test_csv = write_tickets(Path(folder) / 'tickets')
     return config.model_copy(update={'data': str(train_csv), 'test_data': str(test_csv)})
 
@@ -145,17 +149,19 @@ def new_run(
     config: RunConfig,            # the settings of a new run
     log=print,                    # receives a line or a table at a time
     auto_settings: bool = False,  # choose what nobody set
+    choose=None,                  # asks a person which columns are meant, see `detect_format`
 ) -> RunFolder:                   # with its data prepared, ready to train
-    "Check everything, prepare the data and make the run folder around it; a mistake leaves neither."
-    check_inputs(config)
-    tok = load_tokenizer(config.model, config.chat_template, needs_template=False)      # plain text needs none
+    "Say what is learned, check everything, prepare the data and make the run folder around it; a mistake leaves neither."
+    preview = read_preview(config, log, choose)
+    config = preview.config
+    tok = preview.load_tokenizer(log, check=lambda: check_inputs(config))
     runs_dir = Path(config.runs_dir)
     is_new = not runs_dir.exists()
     runs_dir.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix='.data-', dir=runs_dir))
     choice = None
     try:
-        prepared = prepare(config, tok, staging)
+        prepared = prepare(config, tok, staging, preview)
         sequences = training_sequences(prepared, config)
         if auto_settings: config, choice = autoconfigure(config, sequences.lengths)
         validate_method(config, resolve_device(config))       # of the method that was chosen
@@ -178,16 +184,16 @@ def evaluate_and_export(
     run: RunFolder,          # a run whose training has finished
     log=print,               # receives a line per stage
 ):                           # the `Evaluation`
-    "Evaluate, merge, compare, register, report; what is done already is not done again."
+    "Evaluate, merge, compare, register, report; what is done already is not done again, unless the adapter has changed since."
     now = status(run)
     if now.state != 'finished':
         next_step = f'continue with: homelab-ft run --resume {run.path}'
         raise RunError('training has not finished', str(now), next_step=next_step)
     log('evaluate  base against fine-tuned, on rows neither has seen')
-    evaluation = load_evaluation(run) if run.evaluation_path.exists() else compare(run, run.config())
+    evaluation = current_evaluation(run) or compare(run, run.config())
     log('deploy    one plain model folder, compared with the fine-tuned model')
-    if not run.merged_path.exists(): merge(run)
-    comparison = load_parity(run) or parity(run)
+    if not merged_is_current(run): merge(run)
+    comparison = current_parity(run) or parity(run)
     if not comparison.passed:
         log(f'the merged model answers differently from the fine-tuned model: do not ship it\n{comparison}')
     write_report(run, register(run), evaluation, comparison)
@@ -225,21 +231,36 @@ def run_pipeline(
     config: RunConfig,            # the settings of a new run
     log=print,                    # receives a line per stage
     auto_settings: bool = False,  # choose what nobody set
+    choose=None,                  # asks a person which columns are meant, see `detect_format`
 ) -> RunFolder:                   # the finished run
     "All stages on a new run. Bad input raises a `HomelabError` before training."
     if config.data: log(f'data      {config.data}')
-    run = new_run(config, log, auto_settings)
+    run = new_run(config, log, auto_settings, choose)
     log(f'train     {run.path}')
     train_here(run)
     evaluate_and_export(run, log)
     return run
 
+def prepare_resume(
+    run: RunFolder,      # a run that has begun
+    log=print,           # receives a line per change
+    **settings,          # to change; None means "not given"
+):
+    "Check that base model and rows are as they were, then change settings; a mistake changes nothing."
+    check_base(run)
+    check_rows(run)
+    for name, (old, new) in change_settings(run, **settings).items():
+        log(f'setting   {name} from {old} to {new}')
+
 def resume_pipeline(
-    run: RunFolder,      # an interrupted, stopped or finished run
+    run: RunFolder,      # an interrupted, stopped, failed or finished run
     log=print,           # receives a line per stage
+    **settings,          # to change; None means "not given"
 ) -> RunFolder:
-    "Continue a run where it stopped: training first, then what comes after it."
+    "Continue a run where it stopped, perhaps with changed settings: training first, then what comes after it."
+    prepare_resume(run, log, **settings)
     if status(run).state != 'finished':
+        log(describe_prepared(run.data_path, run.config().objective))
         log(f'train     {run.path}')
         train_here(run, resume=True)
     evaluate_and_export(run, log)

@@ -1,5 +1,6 @@
 "The repository itself: what the checks in tools/ find, and that each of them can fail."
-import json, os, re, shutil, subprocess, sys, time
+import io, json, os, re, shutil, subprocess, sys, time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -222,18 +223,21 @@ def run_cells(notebook, folder):
             *body, last = ast.parse(''.join(cell['source'])).body
             is_value = isinstance(last, ast.Expr)
             exec(compile(ast.Module(body if is_value else [*body, last], []), 'cell', 'exec'), names)
-            if is_value: pairs.append((cell['outputs'], eval(compile(ast.Expression(last.value), 'cell', 'eval'), names)))
+            if not is_value: continue
+            with redirect_stdout(io.StringIO()) as printed: value = eval(compile(ast.Expression(last.value), 'cell', 'eval'), names)
+            pairs.append((cell['outputs'], printed.getvalue() if value is None else value))
     finally: os.chdir(here)
     return pairs
 
 
 def test_readme_shows_what_was_measured_and_which_models_are_known():
     pairs = run_cells(json.loads((ROOT / 'nbs' / 'index.ipynb').read_text(encoding='utf-8')), ROOT / 'nbs')
-    assert len(pairs) == 2
+    assert len(pairs) == 3
     for outputs, now in pairs:
-        assert ''.join(outputs[0]['data']['text/markdown']) == now._repr_markdown_(), 'run nbs/index.ipynb, then tools/make_readme.py'
+        committed, now = (outputs[0]['text'], now) if isinstance(now, str) else (outputs[0]['data']['text/markdown'], now._repr_markdown_())
+        assert ''.join(committed) == now, 'run nbs/index.ipynb, then tools/make_readme.py'
     from homelab_ft.plan.model_catalog import CATALOG
-    models = pairs[1][1]
+    models = pairs[2][1]
     assert sorted(', '.join(row[1] for row in models.rows).split(', ')) == sorted(CATALOG)
 
 

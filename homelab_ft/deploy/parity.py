@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_ROUNDING_RATIO', 'MIN_TOLERANCE', 'MIN_EQUAL_ANSWERS', 'SampleOutputs', 'sample_outputs', 'perturb_rounding',
-           'Check', 'Parity', 'compare_outputs', 'device_for', 'parity', 'load_parity']
+           'Check', 'Parity', 'compare_outputs', 'device_for', 'parity', 'load_parity', 'current_parity']
 
 # %% ../../nbs/deploy/03_parity.ipynb #d47754f9
 import gc, json
@@ -22,7 +22,7 @@ from ..evaluate.compare import upgrade_keys
 from ..evaluate.inference import generate_greedy, load_fine_tuned
 from ..evaluate.likelihood import token_nll
 from ..train.base_model import load_base, resolve_device, resolve_dtype
-from ..train.lora import load_adapter
+from ..train.lora import adapter_fingerprint, is_current, load_adapter
 from ..train.run_folder import RunFolder
 
 # %% ../../nbs/deploy/03_parity.ipynb #1c7ef08c
@@ -108,6 +108,7 @@ class Parity:
     input_distance: float = 0.     # int8: what rounding the layers' inputs to 8 bits explains, nats per token
     merged: str = ''               # name of the merged folder
     time: str = ''                 # when, UTC
+    adapter: str = ''              # fingerprint of the adapter
 
     @property
     def tolerance(self) -> float:
@@ -201,6 +202,7 @@ def parity(
         difference = np.concatenate(nll) - outputs.nll
         return float(np.abs(difference).mean())
 
+    adapter = adapter_fingerprint(run)
     adapter_outputs = sample_outputs(load_fine_tuned(run, config), tok, examples, config, progress)
     input_distance = 0.
     if config.method == 'int8':
@@ -217,6 +219,7 @@ def parity(
     result.input_distance = input_distance
     result.merged = merged.name
     result.time = now()
+    result.adapter = adapter
     write_json(run.path / 'parity.json', asdict(result) | {'passed': result.passed})
     return result
 
@@ -230,3 +233,11 @@ def load_parity(
     record = upgrade_keys(json.loads(path.read_text(encoding='utf-8')))
     del record['passed']
     return Parity(**record)
+
+def current_parity(
+    run: RunFolder,        # a run
+) -> Parity:               # None if its merged model was not tested, or an earlier one was
+    "The stored result for the run's merged model and adapter as they are now."
+    result = load_parity(run)
+    if result is None or not is_current(run, run.path / 'parity.json', result.adapter): return None
+    return result if result.merged in ('', run.merged_path.name) else None

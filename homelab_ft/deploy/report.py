@@ -11,8 +11,8 @@ from ..config import RunConfig
 from ..core import fmt_duration, fmt_gib
 from ..table import Table, table_markdown
 from ..io import write_atomic
-from ..plots import loss_svg
-from ..train.run_folder import RunFolder, history
+from ..train.lora import adapter_fingerprint
+from ..train.run_folder import RunFolder, plot_history
 
 # %% ../../nbs/deploy/05_report.ipynb #f2bf719c
 PEAKS = dict(peak_allocated='measured peak, allocated', peak_reserved='measured peak, reserved',
@@ -56,7 +56,12 @@ def report_markdown(
     settings = Table(['setting', 'value'], list(changed_settings(run.config()).items()))
     data, base = (entry[key]['fingerprint'] or '' for key in ('data', 'base_model'))
     versions = [f'{name} {version}' for name, version in manifest['versions'].items()]
+    adapter, again = adapter_fingerprint(run), f'measure again: `homelab-ft run --resume {run.path}`'
+    old = [x for x in (evaluation, parity) if x and x.adapter not in ('', adapter)]
+    if evaluation in old: evaluation = None
+    if parity in old: parity = None
     parts = [f'# {run.name}', evaluation._repr_markdown_() if evaluation else 'Not evaluated.']
+    if old: parts.append(f'There are results of an earlier adapter, which are not shown; {again}.')
     parts += ['## What it took',
               table_markdown(cost_table(entry, manifest.get('predicted_peak_bytes'))),
               '## Loss',
@@ -68,8 +73,11 @@ def report_markdown(
     if parity: parts += ['## Fine-tuned against merged model', table_markdown(parity.table())]
     parts += ['## To repeat it',
               '`config.yaml` in this folder repeats the run; what differs from the defaults:',
-              table_markdown(settings),
-              f'- dataset `{data[:16]}`, base model `{base[:16]}` (SHA-256, first 16 digits)\n- {", ".join(versions)}']
+              table_markdown(settings)]
+    for change in manifest.get('changes', []):
+        changed = ', '.join(f'{name} from {old} to {new}' for name, (old, new) in change['settings'].items())
+        parts.append(f'Changed when the run was continued, {change["time"]}: {changed}.')
+    parts += [f'- dataset `{data[:16]}`, base model `{base[:16]}` (SHA-256, first 16 digits)\n- {", ".join(versions)}']
     return '\n\n'.join(parts) + '\n'
 
 # %% ../../nbs/deploy/05_report.ipynb #bca62ef9
@@ -80,5 +88,5 @@ def write_report(
     parity=None,         # the `Parity` of its merged model, or None
 ) -> Path:               # the report's path
     "Write `report.md` and `loss.svg` into the run folder, atomically."
-    write_atomic(run.path / 'loss.svg', loss_svg(history(run)))
+    write_atomic(run.path / 'loss.svg', plot_history(run).svg)
     return write_atomic(run.report_path, report_markdown(run, entry, evaluation, parity))

@@ -26,6 +26,7 @@ from .metrics import chrf, exact_matches, is_free_text, macro_f1, prefers_chosen
 from .samples import Sample, Samples, draw_samples
 from .inference import generate_greedy, label_logprobs, load_fine_tuned
 from ..train.base_model import load_base
+from ..train.lora import adapter_fingerprint
 from ..train.run_folder import RunFolder
 
 # %% ../../nbs/evaluate/05_compare.ipynb #b0ef4eca
@@ -100,6 +101,7 @@ class Evaluation:
     time: str = ''                 # when, UTC
     shuffled: Shuffled = None      # the deciding metric with the fine-tuned answers dealt to other questions
     samples: list = field(default_factory=list)   # `Sample`s: five at random and the worst
+    adapter: str = ''              # fingerprint of the adapter
 
     @property
     def deciding(self) -> MetricResult:
@@ -434,6 +436,7 @@ def compare(
     began = time.perf_counter()
     config = config or run.config()
     data = load_evaluation_data(run, config)
+    adapter = adapter_fingerprint(run)
     model = model or load_fine_tuned(run, config)
     tok = tok or load_tokenizer(config.model, config.chat_template, needs_template=False)
     fine_tuned = score_model(model.eval(), tok, data, config, progress)
@@ -452,7 +455,8 @@ def compare(
         answers=answers,
         classes=classes,
         samples=samples_of(base, fine_tuned, data, config.seed),
-        time=now())
+        time=now(),
+        adapter=adapter)
     result.shuffled = shuffle_answers(result, config.seed)
     result.seconds = time.perf_counter() - began
     write_json(run.evaluation_path, asdict(result) | {'conclusion': result.conclusion})

@@ -11,7 +11,7 @@ import copy
 import numpy as np
 from ..core import DataError
 from ..config import RunConfig
-from ..train.base_model import load_base, resolve_device, resolve_dtype
+from ..train.base_model import check_base, load_base, resolve_device, resolve_dtype
 from ..train.engine.batching import in_batches
 from ..train.engine.padded import precision
 from ..train.lora import load_adapter, need_trained
@@ -30,8 +30,9 @@ def load_fine_tuned(
     run: RunFolder,             # a run with an adapter, or with a fully fine-tuned model
     config: RunConfig = None,   # its settings; read from the run if None
 ):                              # PeftModel, or the fully fine-tuned transformers model, in eval mode
-    "What the run has trained; `RunError` when nothing was trained yet."
+    "What the run has trained; `RunError` when nothing was trained yet, `ModelError` on another base model."
     need_trained(run)
+    check_base(run)
     return load_adapter(load_run_base(config or run.config()), run.adapter_path)
 
 # %% ../../nbs/evaluate/03_inference.ipynb #3452361f

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ADAPTER_ONLY', 'FROZEN_ONLY', 'CPU_ALTERNATIVES', 'resolve_device', 'resolve_dtype', 'require_bitsandbytes',
            'check_bfloat16', 'validate_method', 'quantization_config', 'quiet_libraries', 'load_base',
-           'quantization_bytes', 'weight_bytes', 'model_folder', 'model_fingerprint', 'gpu_process_bytes',
-           'peak_memory', 'explain_oom']
+           'quantization_bytes', 'weight_bytes', 'model_folder', 'base_files', 'model_fingerprint', 'check_base',
+           'gpu_process_bytes', 'peak_memory', 'explain_oom']
 
 # %% ../../nbs/train/01_base_model.ipynb #9df4f791
 import importlib.util, logging, os, warnings
@@ -170,12 +170,42 @@ def model_folder(
     from transformers.utils import cached_file
     return Path(cached_file(place, 'config.json')).parent
 
+def base_files(
+    model: str,             # folder, Hub id, or `embedded`
+    recorded: dict = None,  # from an earlier call
+) -> dict:                  # name -> `sha256`, `bytes` and `mtime_ns`
+    "Config and weights of a model; a file that is as `recorded` is not read."
+    files = {}
+    for path in sorted(model_folder(model).iterdir()):
+        if path.name != 'config.json' and path.suffix != '.safetensors': continue
+        state = dict(bytes=path.stat().st_size, mtime_ns=path.stat().st_mtime_ns)
+        known = (recorded or {}).get(path.name, {})
+        sha256 = known.get('sha256') if state.items() <= known.items() else None
+        files[path.name] = dict(sha256=sha256 or file_fingerprint(path), **state)
+    return files
+
 def model_fingerprint(
     model: str,             # folder, Hub id, or `embedded`
+    files: dict = None,     # from `base_files`; None: read now
 ) -> str:                   # 64 hexadecimal digits
     "SHA-256 over config and weights of a model."
-    files = [f for f in sorted(model_folder(model).iterdir()) if f.name == 'config.json' or f.suffix == '.safetensors']
-    return fingerprint({f.name: file_fingerprint(f) for f in files})
+    files = files or base_files(model)
+    return fingerprint({name: file['sha256'] for name, file in files.items()})
+
+def check_base(
+    run,                    # `RunFolder`; before its first start there is nothing to compare
+):
+    "`ModelError` if the base model is not the one this run was trained on."
+    manifest, model = run.manifest(), run.config().model
+    recorded, changed = manifest.get('base_files'), []
+    if recorded:
+        found = base_files(model, recorded)
+        changed = [name for name in sorted(recorded.keys() | found.keys())
+                   if recorded.get(name, {}).get('sha256') != found.get(name, {}).get('sha256')]
+    elif manifest.get('base_model') not in (None, model_fingerprint(model)): changed = ['config or weights']
+    if not changed: return
+    raise ModelError('the base model is not the one this run was trained on', f'{model}: {", ".join(changed)}',
+                     'the same config and weights', 'put the old files back, or train a new run on this model')
 
 # %% ../../nbs/train/01_base_model.ipynb #bdba7ed8
 def gpu_process_bytes():      # an int, or None where the driver does not report it

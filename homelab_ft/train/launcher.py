@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from ..core import RunError
+from ..core import HomelabError, RunError
 from ..data.tokenize import load_cache
 from ..hardware.machine import detect_machine
 from ..progress import Progress
@@ -106,9 +106,11 @@ def check_end(
     run: RunFolder,         # a run whose training process has ended
     process=None,           # from `start`
 ) -> RunStatus:             # finished or stopped
-    "How it ended; `RunError` with the end of its log if it failed."
+    "How it ended; if it failed, its own error, or a `RunError` with the end of its log."
     now, code = status(run), process.returncode if process else None
     if code == 0 or code is None and now.state in ('finished', 'stopped'): return now
+    last = (events(run) or [{}])[-1]
+    if last.get('details'): raise HomelabError.from_record(last['details'])
     log = run.log_path.read_text(errors='replace') if run.log_path.exists() else ''
     how = f'training {now.state}' if code is None else f'training ended with exit code {code}'
     raise RunError(how, value=now.error or '\n'.join(log.splitlines()[-8:]),
@@ -118,7 +120,7 @@ def follow(
     run: RunFolder,         # the run
     process=None,           # from `start`; None: the run's state decides when it has ended
 ) -> RunStatus:             # finished or stopped
-    "A progress bar until the training process ends; `RunError` with the end of its log if it failed."
+    "A progress bar until the training process ends; if it failed, its own error, or a `RunError` with the end of its log."
     n_shown, ended = 0, False
     with Progress('loading the model', status(run).total_steps or None, unit='steps', remains=True) as bar:
         while not ended:

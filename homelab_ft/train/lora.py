@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['KERNEL_READS', 'is_router', 'linear_layers', 'last_parts', 'is_plain', 'peft_targets', 'resolve_targets',
            'check_targets', 'attach_lora', 'attach', 'trainable_parameters', 'adapter_tensors', 'set_adapter',
-           'adapter_config', 'save_adapter', 'need_trained', 'load_adapter']
+           'adapter_config', 'save_adapter', 'need_trained', 'load_adapter', 'adapter_files', 'adapter_fingerprint',
+           'is_current']
 
 # %% ../../nbs/train/02_lora.ipynb #a198d465
 import json
@@ -13,10 +14,11 @@ from pathlib import Path
 
 from ..core import ConfigError, ModelError, RunError, embedded_model, near_matches
 from ..config import RunConfig
+from ..io import file_fingerprint, fingerprint
 from .checkpoint import write_folder
 from .full_finetuning import copy_weights, load_full, restore_weights, save_model_folder, train_all_weights
 from .engine.ops.neftune import add_neftune
-from .model_files import check_weights
+from .model_files import check_weights, name_some, read_shapes
 
 # %% ../../nbs/train/02_lora.ipynb #ec13d966
 KERNEL_READS = {kind: ('out_proj', 'conv1d') for kind in ('falcon_h1', 'mamba', 'mamba2', 'falcon_mamba', 'nemotron_h')}
@@ -192,12 +194,44 @@ def load_adapter(
     trainable: bool = False,  # to train an adapter further
 ):                          # peft's PeftModel, or the fully fine-tuned transformers model
     "The base with a saved adapter, or the fully fine-tuned model; `ModelError` if there is none or it does not fit."
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
     if (Path(folder) / 'config.json').exists(): return load_full(model, folder)
     if not (Path(folder) / 'adapter_config.json').exists():
         raise ModelError('there is no adapter in this folder', value=folder,
                          allowed='adapter_config.json and adapter_model.safetensors', next_step='check the path')
-    try: return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable).eval()
+    weights = Path(folder) / 'adapter_model.safetensors'
+    if not weights.exists():
+        raise ModelError('the adapter has no safetensors weights', folder, weights.name, 'save it again with safe_serialization=True')
+    stored = read_shapes(weights)
+    try: loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable).eval()
     except (RuntimeError, ValueError, OSError) as e:
         raise ModelError('the adapter does not fit this base model', value=str(e).strip().splitlines()[0],
                          next_step='load the base it was trained on') from e
+    lacking = get_peft_model_state_dict(loaded, save_embedding_layers=False).keys() - stored.keys()
+    if not lacking: return loaded
+    raise ModelError('the adapter lacks weights', f'{folder}: {name_some(lacking)}', 'all that adapter_config.json describes',
+                     'copy the adapter again, or train it again')
+
+# %% ../../nbs/train/02_lora.ipynb #e18d59bb
+def adapter_files(
+    run,                    # `RunFolder`
+) -> list:                  # of paths
+    "Trained weights and their settings."
+    return [p for p in sorted(run.adapter_path.glob('*')) if p.suffix == '.safetensors' or p.name.endswith('config.json')]
+
+def adapter_fingerprint(
+    run,                    # `RunFolder`
+) -> str:                   # 64 hexadecimal digits; '' before there is an adapter
+    "SHA-256 over the run's trained weights and their settings."
+    files = adapter_files(run)
+    return fingerprint({p.name: file_fingerprint(p) for p in files}) if files else ''
+
+def is_current(
+    run,                    # `RunFolder`
+    path: Path,             # a file that was made from its adapter
+    recorded: str,          # the adapter's fingerprint as it says; empty for old versions
+) -> bool:                  # False if there is no such file
+    "Whether a result belongs to the adapter as it is now."
+    if not path.exists(): return False
+    if recorded: return recorded == adapter_fingerprint(run)
+    return all(p.stat().st_mtime <= path.stat().st_mtime for p in adapter_files(run))

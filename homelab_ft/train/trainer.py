@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainState', 'PendingMetrics', 'TrainerContext', 'train_step', 'queue_metrics', 'read_losses', 'save', 'validate',
            'log_projection', 'shorten_schedule', 'apply_command', 'apply_commands', 'training_loop', 'load_data',
-           'load_run', 'restore', 'finish', 'train', 'main']
+           'load_run', 'apply_changes', 'restore', 'finish', 'train', 'main']
 
 # %% ../../nbs/train/08_trainer.ipynb #a99b8a87
 import math, os, signal, statistics, sys, time, traceback
@@ -20,15 +20,16 @@ from ..data.tokenize import load_cache
 from ..hardware.energy import EnergyMeter
 from ..hardware.gpu import Sampler
 from ..hardware.machine import check_disk, detect_machine
-from .base_model import (explain_oom, load_base, model_fingerprint, peak_memory, resolve_device, resolve_dtype,
+from .base_model import (base_files, check_base, explain_oom, load_base, model_fingerprint, peak_memory, resolve_device, resolve_dtype,
                                          validate_method, weight_bytes)
-from .checkpoint import checkpoints, prune, read_checkpoint, save_checkpoint, sweep
+from .checkpoint import checkpoints, prune, read_checkpoint, remove_folder, save_checkpoint, sweep
 from .dpo import check_preference, load_pairs, preference_step
 from .engine.features import describe_step, features_json
 from .engine.ops.device import current_port
 from .engine.padded import mean_nll
 from .lora import adapter_tensors, attach, check_targets, save_adapter, set_adapter, trainable_parameters
 from .projection import project
+from .resume import all_finite, check_rows, diverged
 from .run_folder import (RunFolder, RunLock, RunStatus, check_start, log_event, log_metrics, open_run, pending_commands,
                                          send, status, truncate_metrics, update_manifest)
 from .schedule import (count_sequences, epoch_steps, interval, learning_rate, lr_multiplier, make_optimizer, make_states,
@@ -54,6 +55,7 @@ class TrainState:
     lr_multiplier_at_change: float = 1.     # the schedule's multiplier when it was set
     control_line: int = 0                   # lines of the control file that are done
     projected: bool = False                 # whether time and cost were projected
+    changes: int = 0                        # of the manifest's changed settings, those that are in these numbers
 
 # %% ../../nbs/train/08_trainer.ipynb #bdbb9fe2
 @dataclass
@@ -181,9 +183,8 @@ def read_losses(
         loss, norm = numbers
         record = pending.record
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            rate = record['learning_rate']
-            raise RunError(f"the loss is no longer a number at step {record['step']}", value=f'loss {loss}, gradient norm {norm}',
-                           next_step=f'lower the learning rate (it was {rate:.1e}); earlier checkpoints are intact')
+            raise diverged(ctx.run, f"the loss is no longer a number at step {record['step']}",
+                           f'loss {loss}, gradient norm {norm}', record['step'] - 1, ctx.state.peak_lr)
         ctx.state.loss = loss
         log_metrics(ctx.run, loss=loss, grad_norm=norm, **record)
 
@@ -191,14 +192,18 @@ def read_losses(
 def save(
     ctx: TrainerContext,    # a loaded run
 ):
-    "Write a checkpoint and delete old ones."
+    "Write a checkpoint and delete old ones; `RunError` for weights that are not finite."
     read_losses(ctx)
+    adapter = adapter_tensors(ctx.model)
+    if not all_finite(adapter):
+        raise diverged(ctx.run, f'weights are no longer numbers at step {ctx.state.step}', f'loss {ctx.state.loss}',
+                       ctx.state.step, ctx.state.peak_lr)
     ctx.count_time()
     state = ctx.state
     state.joules += ctx.meter.joules()
     ctx.meter.start()
     folder = ctx.run.checkpoints_path
-    save_checkpoint(folder, asdict(state), adapter_tensors(ctx.model), ctx.best, ctx.optimizer.state_dict())
+    save_checkpoint(folder, asdict(state), adapter, ctx.best, ctx.optimizer.state_dict())
     prune(folder, ctx.config.save_total_limit)
     log_event(ctx.run, 'checkpoint', step=state.step, control_line=state.control_line)
 
@@ -215,8 +220,8 @@ def validate(
         if ctx.config.objective == 'dpo': loss, extra = ctx.step.mean_loss(ctx.validation, batch_size)
         else: loss = mean_nll(ctx.model, ctx.validation, batch_size=batch_size)
     if not math.isfinite(loss):
-        raise RunError(f'the validation loss is not a number at step {state.step}', value=loss,
-                       next_step='lower the learning rate')
+        raise diverged(ctx.run, f'the validation loss is not a number at step {state.step}', f'validation loss {loss}',
+                       state.step, state.peak_lr)
     state.evaluated = state.step
     state.evals_without_improvement += 1
     if loss < state.best_loss:
@@ -342,6 +347,8 @@ def load_run(
     from homelab_ft.train.engine.autotune import build_step    # imports torch
     started = time.monotonic()
     config = run.config()
+    check_rows(run)
+    check_base(run)
     train, validation = load_data(run, 'train', config), load_data(run, 'validation', config)
     device, dtype = resolve_device(config), resolve_dtype(config)
     check_preference(config)
@@ -351,6 +358,7 @@ def load_run(
     weights_dtype = 'float32' if config.method == 'full' else dtype
     base = load_base(config.model, config.method, weights_dtype, device,
                      config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
+    files = base_files(config.model, run.manifest().get('base_files'))
     n_bytes = weight_bytes(base)
     model = attach(base, config, dtype)
     trainable, total = trainable_parameters(model)
@@ -360,8 +368,9 @@ def load_run(
     if config.objective == 'dpo': step = preference_step(model, config, train, device)
     else: step = build_step(model, config, train, device, dtype)
     update_manifest(run, machine=asdict(detect_machine()), device=device, dtype=dtype,
-                    engine=features_json(step.features), base_model=model_fingerprint(config.model),
-                    training_rows=train.fingerprint, trainable_parameters=trainable, parameters=total,
+                    engine=features_json(step.features), base_files=files, base_model=model_fingerprint(config.model, files),
+                    training_rows=train.fingerprint, validation_rows=getattr(validation, 'fingerprint', None),
+                    trainable_parameters=trainable, parameters=total,
                     weight_bytes=n_bytes, loading_seconds=round(time.monotonic() - started, 2))
     state, meter = TrainState(peak_lr=config.learning_rate), EnergyMeter(config.assumed_watts)
     ctx = TrainerContext(run, config, model, step, optimizer, train, validation, state, meter, sampler=Sampler(device))
@@ -369,21 +378,44 @@ def load_run(
     return ctx
 
 # %% ../../nbs/train/08_trainer.ipynb #46ef2fd3
+def apply_changes(
+    ctx: TrainerContext,    # with the state of a checkpoint
+):
+    "Let the settings that were changed since the checkpoint take effect."
+    state, config = ctx.state, ctx.config
+    changes = ctx.run.manifest().get('changes', [])
+    names = {name for change in changes[state.changes:] for name in change['settings']}
+    state.changes = len(changes)
+    if 'learning_rate' in names:
+        state.peak_lr = config.learning_rate
+        state.lr_multiplier_at_change = 1.
+    if names & {'num_train_epochs', 'max_steps', 'max_minutes'}: state.total_steps = total_steps(ctx.n_sequences, config)
+    for group in ctx.optimizer.param_groups:
+        group |= dict(weight_decay=config.weight_decay, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
+
+
 def restore(
     ctx: TrainerContext,    # a loaded run
 ):
-    "Continue from the last checkpoint, if there is one; metrics of later steps are removed."
+    "Continue from the last checkpoint with finite weights, if there is one; metrics of later steps are removed."
     sweep(ctx.run.path)
     sweep(ctx.run.checkpoints_path)
-    for path in checkpoints(ctx.run.checkpoints_path)[-1:]:
+    ctx.state.changes = len(ctx.run.manifest().get('changes', []))
+    for path in reversed(checkpoints(ctx.run.checkpoints_path)):
         try: saved = read_checkpoint(path)
         except Exception as e:
             raise RunError('the last checkpoint cannot be read', value=f'{path}: {e}',
                            next_step='delete it; the one before it will be used') from e
+        if not all_finite(saved['adapter']):
+            log_event(ctx.run, 'not_finite', checkpoint=path.name)
+            remove_folder(path)
+            continue
         ctx.state = TrainState(**saved['state'])
         ctx.best = saved['best']
         set_adapter(ctx.model, saved['adapter'])
         ctx.optimizer.load_state_dict(saved['optimizer'])
+        apply_changes(ctx)
+        break
     truncate_metrics(ctx.run, ctx.state.step, ctx.state.evaluated)
 
 # %% ../../nbs/train/08_trainer.ipynb #647d5437
@@ -422,8 +454,9 @@ def train(
             finish(ctx, training_loop(ctx))
         except Exception as e:
             error = explain_oom(e)
-            message = str(error) if isinstance(error, HomelabError) else f'{type(error).__name__}: {error}'
-            log_event(run, 'failed', error=message)
+            known = isinstance(error, HomelabError)
+            message = str(error) if known else f'{type(error).__name__}: {error}'
+            log_event(run, 'failed', error=message, details=error.record() if known else None)
             raise error
     return status(run)
 
