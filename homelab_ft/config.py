@@ -315,7 +315,8 @@ def set_options(
 ) -> str:            # for example `--set prompt_column=Frage --set completion_column=Antwort`
     "Settings as options of the command line, quoted where the shell or YAML needs it."
     def option(name, value):
-        "One `--set`; YAML reads a plain name as itself unless it looks like something else."
+        "One `--set`; YAML reads a plain name as itself unless it looks like something else. A list of one name needs no brackets."
+        if isinstance(value, list) and len(value) == 1: [value] = value
         written = str(value)
         if isinstance(value, bool): written = written.lower()
         if isinstance(value, list): written = '[' + ', '.join(map(quoted, value)) + ']'
