@@ -136,6 +136,7 @@ def test_files_from_real_life(columns, learned):
 UNCLEAR = [
     (dict(english=long, german=long), 2),                                        # either way
     (dict(problem=long, solution=story, answer=short), 2),                       # which is the answer?
+    (dict(pytanie=long, odpowiedz=long, category=few), 3),                       # unknown words beside a class
     (dict(question=long, sql=sql, category=few), 2),                             # a query or a class
     (dict(text=long, url=url, dump=few, language=other), 1),                     # a dump of web pages
     (dict(text=long, url=url, id=number, file_path=url, dump=few, host=other), 2),

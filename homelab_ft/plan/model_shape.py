@@ -64,6 +64,7 @@ class ModelShape:
     attention: tuple = ATTENTION   # names of matrices that belong to the attention
     totals: dict = None            # parameters by kind, where they were counted from the class
     packed_total: int = 0          # weights in the matrices of all layers, where they were counted
+    full_logits: bool = False      # logits are changed behind the head, so they are computed at every position
     recurrent: bool = False        # some layers pass a state from token to token instead of attention
     estimated: str = ''            # why its memory is estimated and was not measured; empty: it has a formula
 

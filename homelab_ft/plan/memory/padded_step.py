@@ -175,6 +175,10 @@ def padded_phases(
         phases['loss'] = phase(layers_at_loss, at_start, kept.all_layers, head_copy, logits)
     else:
         forward, backward = loss_bytes(shape, labels, b)
+        if shape.full_logits:       # and their gradient, at the positions without a label too
+            unused = b * (tokens - labels) * shape.vocab_size
+            forward += unused
+            backward += unused
         activations = kept.all_layers + b * tokens * shape.hidden_size
         phases['loss'] = phase(n, at_start, activations, head_copy, forward)
         phases['backward: head'] = phase(layers_at_loss, at_start, activations, head_copy, backward)
