@@ -131,7 +131,7 @@ class TrainSettings(Settings):
 class ReportSettings(Settings):
     "How the result is judged, what it costs, where it is kept."
     eval_max_rows: int = Field(500, ge=8, description='rows of the final evaluation, at most')
-    generate_max_rows: int = Field(100, ge=0, description='rows answered greedily for exact match, at most')
+    generate_max_rows: int = Field(100, ge=0, description='rows answered greedily, for exact match, ROUGE-L and samples, at most')
     max_new_tokens: int = Field(64, ge=1, description='longest answer in the evaluation, in tokens')
     n_bootstrap: int = Field(2000, ge=100, description='resamples behind every interval')
     electricity_price: float = Field(0.30, ge=0, description='price of a kWh, in currency')
