@@ -111,9 +111,10 @@ def run(
     args,                # parsed arguments
 ):
     "All stages on your own data and model."
+    from homelab_ft.data.prepare import person_to_ask
     from homelab_ft.pipeline import resume_pipeline, run_pipeline
     if args.resume: finished = resume_pipeline(open_run(args.resume, args.runs_dir or 'runs'), **resume_settings(args))
-    else: finished = run_pipeline(read_settings(args), auto_settings=True)
+    else: finished = run_pipeline(read_settings(args), auto_settings=True, choose=person_to_ask())
     print_result(finished)
 
 # %% ../nbs/06_cli.ipynb #5a27a12d
@@ -188,22 +189,24 @@ def data(
     args,                # parsed arguments
 ):
     "Check a data file: what is learned from what, what is left out."
-    from homelab_ft.data.chat_template import load_tokenizer
-    from homelab_ft.data.prepare import prepare
-    config = read_settings(args)
-    tok = load_tokenizer(config.model, config.chat_template, needs_template=False)      # plain text needs none
-    with tempfile.TemporaryDirectory() as folder:
-        print(*prepare(config, tok, folder).report, sep='\n\n')
+    from homelab_ft.data.prepare import person_to_ask, prepare, read_preview
+    preview = read_preview(read_settings(args), choose=person_to_ask())
+    tok = preview.load_tokenizer()
+    with tempfile.TemporaryDirectory() as folder: report = prepare(preview.config, tok, folder, preview).report
+    for table in report:
+        if table.title not in ('Dataset format', 'Example'): print(f'\n{table}')      # both were said first
 
 def train(
     args,                # parsed arguments
 ):
     "Prepare and train, or continue a run; no evaluation."
+    from homelab_ft.data.prepare import describe_prepared, person_to_ask
     from homelab_ft.pipeline import new_run, prepare_resume, train_here
     if args.resume:
         run = open_run(args.resume, args.runs_dir or 'runs')
         prepare_resume(run, **resume_settings(args))
-    else: run = new_run(read_settings(args), auto_settings=True)
+        print(describe_prepared(run.data_path, run.config().objective))
+    else: run = new_run(read_settings(args), auto_settings=True, choose=person_to_ask())
     print(train_here(run, resume=bool(args.resume)))
     print(f'result  {run.adapter_path}\nnext    homelab-ft run --resume {run.path}')
 
@@ -302,7 +305,7 @@ def wrap_message(
     for line in text.splitlines():
         content = line.strip()
         indent = ' ' * (len(line) - len(content))
-        is_command = content.removeprefix('next step: ').startswith(('homelab-ft ', 'pip ', 'hf ', 'sudo '))
+        is_command = content.removeprefix('next step: ').startswith(('homelab-ft ', '--set ', 'pip ', 'hf ', 'sudo '))
         whole = is_command or len(line) <= width
         lines += [line] if whole else textwrap.wrap(line, width, subsequent_indent=indent + '  ', break_long_words=False,
                                                     break_on_hyphens=False)

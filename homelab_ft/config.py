@@ -131,7 +131,7 @@ class TrainSettings(Settings):
 class ReportSettings(Settings):
     "How the result is judged, what it costs, where it is kept."
     eval_max_rows: int = Field(500, ge=8, description='rows of the final evaluation, at most')
-    generate_max_rows: int = Field(100, ge=0, description='rows answered greedily for exact match, at most')
+    generate_max_rows: int = Field(100, ge=0, description='rows answered greedily, for exact match, ROUGE-L and samples, at most')
     max_new_tokens: int = Field(64, ge=1, description='longest answer in the evaluation, in tokens')
     n_bootstrap: int = Field(2000, ge=100, description='resamples behind every interval')
     electricity_price: float = Field(0.30, ge=0, description='price of a kWh, in currency')
@@ -315,7 +315,8 @@ def set_options(
 ) -> str:            # for example `--set prompt_column=Frage --set completion_column=Antwort`
     "Settings as options of the command line, quoted where the shell or YAML needs it."
     def option(name, value):
-        "One `--set`; YAML reads a plain name as itself unless it looks like something else."
+        "One `--set`; YAML reads a plain name as itself unless it looks like something else. A list of one name needs no brackets."
+        if isinstance(value, list) and len(value) == 1: [value] = value
         written = str(value)
         if isinstance(value, bool): written = written.lower()
         if isinstance(value, list): written = '[' + ', '.join(map(quoted, value)) + ']'

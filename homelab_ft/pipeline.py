@@ -18,8 +18,7 @@ import numpy as np
 from .core import ConfigError, HardwareError, MiB, ModelError, RunError, licence_step, model_path
 from .progress import download_bar
 from .config import RunConfig, make_config
-from .data.chat_template import load_tokenizer
-from .data.prepare import prepare
+from .data.prepare import describe_prepared, prepare, read_preview
 from .data.sample.tickets import write_tickets
 from .data.tokenize import TokenCache, make_cache
 from .deploy.merge import merge, merged_is_current
@@ -168,18 +167,23 @@ def new_run(
     config: RunConfig,            # the settings of a new run
     log=print,                    # receives a line or a table at a time
     auto_settings: bool = False,  # choose what nobody set
+    choose=None,                  # asks a person which columns are meant, see `detect_format`
 ) -> RunFolder:                   # with its data prepared, ready to train
-    "Check everything, prepare the data and make the run folder around it; a mistake leaves neither."
-    check_inputs(config)
-    download_model(config.model, log)
-    tok = load_tokenizer(config.model, config.chat_template, needs_template=False)      # plain text needs none
+    "Say what is learned, check everything, prepare the data and make the run folder around it; a mistake leaves neither."
+    preview = read_preview(config, log, choose)
+    config = preview.config
+    def check():
+        check_inputs(config)
+        download_model(config.model, log)
+
+    tok = preview.load_tokenizer(log, check)
     runs_dir = Path(config.runs_dir)
     is_new = not runs_dir.exists()
     runs_dir.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix='.data-', dir=runs_dir))
     choice = None
     try:
-        prepared = prepare(config, tok, staging)
+        prepared = prepare(config, tok, staging, preview)
         sequences = training_sequences(prepared, config)
         if auto_settings: config, choice = autoconfigure(config, sequences.lengths)
         validate_method(config, resolve_device(config))       # of the method that was chosen
@@ -249,10 +253,11 @@ def run_pipeline(
     config: RunConfig,            # the settings of a new run
     log=print,                    # receives a line per stage
     auto_settings: bool = False,  # choose what nobody set
+    choose=None,                  # asks a person which columns are meant, see `detect_format`
 ) -> RunFolder:                   # the finished run
     "All stages on a new run. Bad input raises a `HomelabError` before training."
     if config.data: log(f'data      {config.data}')
-    run = new_run(config, log, auto_settings)
+    run = new_run(config, log, auto_settings, choose)
     log(f'train     {run.path}')
     train_here(run)
     evaluate_and_export(run, log)
@@ -277,6 +282,7 @@ def resume_pipeline(
     "Continue a run where it stopped, perhaps with changed settings: training first, then what comes after it."
     prepare_resume(run, log, **settings)
     if status(run).state != 'finished':
+        log(describe_prepared(run.data_path, run.config().objective))
         log(f'train     {run.path}')
         train_here(run, resume=True)
     evaluate_and_export(run, log)

@@ -74,7 +74,7 @@ def marked_events(
 # %% ../nbs/04_plots.ipynb #dbf017c3
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 250, 46, 12, 26, 22     # of the picture and its margins, in pixels
 ROW = 18                                                               # height of a second row of the legend
-COLORS = dict(train='#2A88D0', eval='#D55E00')
+COLORS = dict(train='#2A88D0', each_step='#74B3E5', eval='#D55E00')
 TEXT_COLOR = 'fill="#888" style="fill:var(--jp-ui-font-color2,#888)"'
 GRID_COLOR = 'stroke="#888" style="stroke:var(--jp-ui-font-color2,#888)"'
 MAX_POINTS = 400
@@ -200,7 +200,7 @@ def loss_svg(
     frame = Frame(nice_ticks(0, last_step), nice_ticks(min(losses), max(losses)), TOP + extra)
     means = list(zip([step for step, _ in train], smoothed([loss for _, loss in train])))
     parts = [header, axes_svg(frame), marks_svg(marks, frame),
-             polyline(frame.place(train), COLORS['train'], opacity=0.5, width=1),
+             polyline(frame.place(train), COLORS['each_step'], opacity=0.9, width=1),
              polyline(frame.place(means), COLORS['train'], width=2, dots=len(means) == 1),
              polyline(frame.place(held_out), COLORS['eval'], dots=True),
              legend_svg(names), '</svg>']

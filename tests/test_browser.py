@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from homelab_ft.train.run_folder import events, list_runs, send, status
+from homelab_ft.ui.planner import LABELS
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'google-chrome', 'chromium-browser'))), None)
@@ -192,7 +193,7 @@ def walk(notebook, folder):
     notebook.run_all()
 
     planner = notebook.cell('planner_widget()')
-    handle = planner.locator('.widget-hslider:has-text("tokens per sequence") .noUi-handle')
+    handle = planner.locator(f'.widget-hslider:has-text("{LABELS["length"]}") .noUi-handle')
     handle.wait_for()
     before = planner_peak(planner)
     handle.focus()

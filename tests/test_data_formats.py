@@ -136,6 +136,7 @@ def test_files_from_real_life(columns, learned):
 UNCLEAR = [
     (dict(english=long, german=long), 2),                                        # either way
     (dict(problem=long, solution=story, answer=short), 2),                       # which is the answer?
+    (dict(pytanie=long, odpowiedz=long, category=few), 3),                       # unknown words beside a class
     (dict(question=long, sql=sql, category=few), 2),                             # a query or a class
     (dict(text=long, url=url, dump=few, language=other), 1),                     # a dump of web pages
     (dict(text=long, url=url, id=number, file_path=url, dump=few, host=other), 2),
@@ -186,7 +187,8 @@ def test_a_setting_that_does_nothing_is_refused():
 
 def test_a_file_without_names_is_recognised():
     rows = [{'Where is the key to the cellar of this house?': 'a', 'x': 'b'}]
-    with pytest.raises(DataError, match='the first line looks like a row'): detect_format(rows)
+    with pytest.raises(DataError, match='the first line looks like a row') as e: detect_format(rows)
+    assert 'question,answer' in e.value.next_step and '--set' not in e.value.next_step
 
 
 # ---------------------------------------------------------------- judged answers

@@ -172,3 +172,38 @@ def test_draw(tmp_path_factory, n, k, seed):
     numbers = [r.number for r in rows]
     assert len(rows) == min(n, k) and numbers == sorted(set(numbers)) == [r['i'] for r in rows]
     assert rows == load_rows(path, max_rows=k, seed=seed)
+
+
+# ---------------------------------------------------------------- cells without a value
+
+GAPS = [{'text': 'nan', 'label': 2, 'share': 0.5}, {'text': None, 'label': None, 'share': None}, {'text': 'NA', 'label': 1, 'share': 1.0}]
+
+
+@pytest.mark.parametrize('kind', ['csv', 'json', 'jsonl', 'parquet', 'saved', 'frame', 'rows'])
+def test_a_missing_cell_is_no_word_and_a_word_is_no_missing_cell(tmp_path, kind):
+    pandas = pytest.importorskip('pandas')
+    frame = pandas.DataFrame(GAPS).assign(text=['nan', pandas.NA, 'NA'], id=['a', 'b', 'c'])
+    assert str(frame.label[1]) == 'nan' and frame.label[0] == 2.0        # pandas makes fractions of whole numbers
+    path = tmp_path / f'a.{kind}'
+    if kind == 'csv': frame.to_csv(path, index=False)
+    elif kind == 'json': path.write_text(json.dumps([dict(text='nan', label=2.0, share=0.5), dict(text=float('nan'), label=float('nan'), share=float('nan')), GAPS[2]]))
+    elif kind == 'jsonl': frame.to_json(path, orient='records', lines=True)
+    elif kind == 'parquet': frame.to_parquet(path)
+    else:
+        import datasets
+        from homelab_ft.api import save_rows
+        if kind == 'saved': datasets.Dataset.from_pandas(frame).save_to_disk(path)
+        else: path = save_rows(frame if kind == 'frame' else frame.to_dict('records'), tmp_path)
+    rows = load_rows(path)
+    empty = '' if kind == 'csv' else None
+    assert [row['text'] for row in rows] == ['nan', empty, 'NA']
+    if kind == 'csv': assert [row['label'] for row in rows] == ['2.0', '', '1.0']        # as the file says
+    else: assert [row['label'] for row in rows] == [2, None, 1] and [type(row['label']) for row in rows] == [int, type(None), int]
+    assert rows[1]['share'] in ('', None) and float(rows[0]['share']) == 0.5
+
+
+def test_dates_and_numpy_numbers_of_a_frame_are_written(tmp_path):
+    pandas, numpy = pytest.importorskip('pandas'), pytest.importorskip('numpy')
+    from homelab_ft.api import save_rows
+    frame = pandas.DataFrame(dict(text=['a', 'b'], n=numpy.float32([1, 2.5]), day=[pandas.Timestamp('2024-05-01'), pandas.NaT], tags=[numpy.array([1, 2]), None]))
+    assert load_rows(save_rows(frame, tmp_path)) == [dict(text='a', n=1.0, day='2024-05-01T00:00:00', tags=[1, 2]), dict(text='b', n=2.5, day=None, tags=None)]

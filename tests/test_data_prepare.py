@@ -1,13 +1,13 @@
 "data.prepare: reproducible, the manifest written last, torn files found, nothing overwritten, nothing shared between parts."
-import csv, json, random
+import csv, json, random, re, shlex
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
 from homelab_ft.data import prepare as module
-from homelab_ft.core import ConfigError, DataError, ModelError
-from homelab_ft.config import make_config
+from homelab_ft.core import ConfigError, DataError, HomelabError, ModelError
+from homelab_ft.config import load_config, make_config
 from homelab_ft.data.chat_template import encode, load_tokenizer, prompt_ids
 from homelab_ft.data.prepare import PARTS, load_prepared, prepare
 from homelab_ft.data.sample.tickets import write_tickets
@@ -275,3 +275,162 @@ def test_a_bad_template_is_found_before_the_data_is_read(tmp_path):
 def test_banking77(tmp_path):
     p = prepare(make_config(data=str(BANKING), max_rows=1500), tok(), tmp_path / 'a')
     assert p.dataset_format.label_column == 'category' and p.rows['file'] == 1500 and len(p.labels) == 77
+
+
+# -- small files, files of near duplicates ------------------------------------------------------------------------------------------------
+
+QUESTIONS = ['How do I reset my password?', 'Where is my parcel?', 'Can I pay by invoice?', 'What is the warranty on the pump?', 'Do you ship to Norway?',
+             'My filter is broken.', 'The app crashes at start.', 'How long does delivery take?', 'Can I change my address?', 'Is the heater safe for children?',
+             'Which hose fits the X200?', 'I want to return the shoes.', 'Do you have a shop in Bonn?', 'The light blinks red.', 'How do I descale it?',
+             'Please cancel order 77.', 'Is there a student discount?', 'The manual is missing.', 'Who installs the boiler?']
+WORDS = 'one two three four five six seven eight nine ten eleven twelve'.split()
+
+
+def pairs(questions): return [dict(question=q, answer=f'Answer {i} to it.') for i, q in enumerate(questions)]
+def classes(n): return [dict(text=q, label='ab'[i % 2]) for i, q in enumerate(QUESTIONS[:n])]
+def from_one_sentence(n): return pairs([f'What is the capital of country number {WORDS[i % 12]}, and of its neighbour {i}?' for i in range(n)])
+
+
+def jsonl(path, rows):
+    path.write_text('\n'.join(map(json.dumps, rows)), encoding='utf-8')
+    return str(path)
+
+
+@pytest.mark.parametrize('rows, cause', [
+    (pairs(QUESTIONS[:3]), 'too few rows'), (pairs(QUESTIONS[:5]), 'too few rows'), (classes(5), 'too few rows'), (from_one_sentence(5), 'near duplicates'),
+    (from_one_sentence(12), 'near duplicates'), (from_one_sentence(19), 'near duplicates'), (pairs(QUESTIONS[:3] * 70), 'too few rows'),
+], ids=str)
+def test_the_advice_for_few_or_similar_rows_works_as_it_is_pasted(tmp_path, rows, cause):
+    data = jsonl(tmp_path / 'a.jsonl', rows)
+    with pytest.raises(DataError, match=cause) as e: prepare(make_config(data=data), tok(), tmp_path / 'a')
+    options = [shlex.split(line)[1::2] for line in e.value.next_step.splitlines() if line.startswith('    --set')]
+    assert options, str(e.value)
+    for i, option in enumerate(options):
+        made = prepare(load_config(overrides=option, data=data), tok(), tmp_path / f'b{i}')
+        assert all(made.rows[part] for part in PARTS)
+        prompts = [{tok().decode(ids[:-1]) for ids in [c.row(k)[0] for k in range(len(c))]} for c in (made.train, made.validation, made.test)]
+        assert not prompts[0] & prompts[2] and not prompts[0] & prompts[1] and not prompts[1] & prompts[2]
+
+
+@pytest.mark.parametrize('rows, cause, words', [
+    (pairs(['Why?']) * 200, 'the rows ask the same', ['199 more rows are copies']),
+    ([dict(question='Why?', answer=f'So {i}.') for i in range(200)], 'the rows ask the same', ['200 examples', '1 different questions']),
+    ([dict(question=QUESTIONS[i % 2], answer=f'So {i}.') for i in range(200)], 'the rows ask the same', ['2 different questions']),
+])
+def test_no_setting_is_advised_where_none_helps(tmp_path, rows, cause, words):
+    with pytest.raises(DataError, match=cause) as e: prepare(make_config(data=jsonl(tmp_path / 'a.jsonl', rows)), tok(), tmp_path / 'a')
+    assert '--set' not in str(e.value) and 'add rows' in e.value.next_step
+    for word in words: assert word in str(e.value)
+
+
+def test_near_copies_beside_a_few_others(tmp_path):
+    rows = from_one_sentence(195) + pairs(QUESTIONS[:5])
+    made = prepare(make_config(data=jsonl(tmp_path / 'a.jsonl', rows)), tok(), tmp_path / 'a')
+    assert all(made.rows[part] for part in PARTS)
+
+
+@pytest.mark.parametrize('n', [12, 19])
+def test_few_rows_are_used_and_the_report_says_what_they_cannot_show(tmp_path, n):
+    for name, rows in dict(a=pairs(QUESTIONS[:n]), b=classes(n)).items():
+        made = prepare(make_config(data=jsonl(tmp_path / f'{name}.jsonl', rows)), tok(), tmp_path / name)
+        assert sum(made.rows[part] for part in PARTS) == n and 'no difference shows' in str(made.report[0])
+
+
+def test_labels_that_are_answers(tmp_path):
+    rows = [dict(text=q, label=f'Answer number {i}') for i, q in enumerate(QUESTIONS)]
+    with pytest.raises(DataError, match='every label occurs only once') as e: prepare(make_config(data=jsonl(tmp_path / 'a.jsonl', rows)), tok(), tmp_path / 'a')
+    assert 'rare_labels' not in str(e.value) and 'completion_column' in e.value.next_step
+
+
+def test_near_duplicates_apart_keep_equal_questions_together(tmp_path):
+    rows = from_one_sentence(30)
+    rows += [dict(row, answer='Another answer.') for row in rows[:10]]
+    made = prepare(make_config(data=jsonl(tmp_path / 'a.jsonl', rows), near_duplicates='apart', eval_fraction=0.4), tok(), tmp_path / 'a')
+    side = {row: part for part in PARTS for row in getattr(made, part).rows.tolist()}
+    assert all(side[i] == side[30 + i] for i in range(1, 11)) and len(set(side.values())) == 3
+
+
+def test_cells_without_a_value_are_counted(tmp_path):
+    rows = [dict(question=q, context=None if i % 3 else 'Our shop.', answer=float('nan') if i == 4 else 'So.') for i, q in enumerate(QUESTIONS)]
+    made = prepare(make_config(data=jsonl(tmp_path / 'a.jsonl', rows)), tok(), tmp_path / 'a')
+    assert ['without a value in context', 12, ''] in made.report[0].rows and ['without a value in answer', 1, ''] in made.report[0].rows
+    learned = ' '.join(tok().decode(c.input_ids) for c in (made.train, made.validation, made.test)).lower()
+    assert 'nan' not in learned and 'none' not in learned and made.rows['cleaned'] == 18
+
+
+def test_judged_answers_left_out_are_counted(tmp_path):
+    rows = [dict(prompt=q, completion=f'So {i}.', label=i % 4 > 0) for i, q in enumerate(QUESTIONS)]
+    data = jsonl(tmp_path / 'a.jsonl', rows)
+    with pytest.raises(DataError, match='KTO'): prepare(make_config(data=data), tok(), tmp_path / 'a')
+    made = prepare(make_config(data=data, dataset_format='kto'), tok(), tmp_path / 'b')
+    assert ['dropped: judged not good, or not judged', 5, ''] in made.report[0].rows and made.rows['cleaned'] == 14
+    assert load_prepared(tmp_path / 'b').dataset_format.kind == 'kto'
+
+
+# -- what is said first -------------------------------------------------------------------------------------------------------------------
+
+def said(config):
+    "What is said before the error, and the error."
+    from homelab_ft.data.prepare import read_preview
+    lines, error = [], None
+    try: prepare(config, read_preview(config, lines.append).load_tokenizer(lines.append), '/nonexistent/folder')
+    except HomelabError as e: error = e
+    return '\n'.join(lines), error
+
+
+@pytest.mark.parametrize('settings, error', [
+    (dict(max_length=16), 'longer than max_length'), (dict(model='./nowhere'), 'no such model folder'), (dict(objective='dpo'), 'pairs of answers'),
+    (dict(chat_template='/no/file.jinja'), 'chat_template'), (dict(max_rows=10, eval_fraction=0.01), 'no example can be held out'),
+])
+def test_what_is_learned_is_said_before_anything_fails(tmp_path, settings, error):
+    rows = [dict(customer_message=q + ' Please tell me soon.' * 40, agent_reply=f'It is {i}.', category='ab'[i % 2], url=f'https://a.org/{i}') for i, q in enumerate(QUESTIONS)]
+    settings = dict(max_length=1024) | settings
+    text, e = said(make_config(data=jsonl(tmp_path / 'a.jsonl', rows), **settings))
+    assert error in str(e)
+    assert 'learns    `agent_reply` from `customer_message`' in text and 'left out  category, url' in text
+    assert re.search('⟦It is 0.', text) and 'characters …]' in text and max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize('objective, shown', [('sft', 'not learned from\n    Perhaps.'), ('dpo', '⟦Perhaps.')])
+def test_both_answers_of_a_preference_are_shown(tmp_path, objective, shown):
+    rows = [dict(prompt=q, chosen='Certainly.', rejected='Perhaps.') for q in QUESTIONS]
+    from homelab_ft.data.prepare import read_preview
+    lines = []
+    read_preview(make_config(data=jsonl(tmp_path / 'a.jsonl', rows), objective=objective), lines.append).load_tokenizer(lines.append)
+    text = '\n'.join(lines)
+    assert '⟦Certainly.' in text and shown in text
+    assert ('prefer `chosen` to `rejected`' if objective == 'dpo' else '`rejected` is not learned from') in text.replace('\n          ', ' ')
+
+
+def test_what_a_person_chose_becomes_a_setting(tmp_path):
+    from homelab_ft.data.prepare import read_preview
+    data = jsonl(tmp_path / 'a.jsonl', [dict(english=q, german=q[::-1]) for q in QUESTIONS])
+    preview = read_preview(make_config(data=data), lambda line: None, choose=lambda readings: readings[1])
+    assert (preview.config.prompt_column, preview.config.completion_column) == ('german', 'english')
+    made = prepare(preview.config, tok(), tmp_path / 'a', preview)
+    assert made.fingerprint == prepare(make_config(data=data, prompt_column='german', completion_column='english'), tok(), tmp_path / 'b').fingerprint
+
+
+@pytest.mark.parametrize('typed, chosen', [(['2'], 2), (['x', '9', '0', '1'], 1), ([''], None), ([], None)])
+def test_a_person_at_a_terminal_is_asked(monkeypatch, capsys, typed, chosen):
+    from homelab_ft.data.formats import DatasetFormat
+    readings = [DatasetFormat('prompt_completion', prompt_column=a, completion_column=b) for a, b in ('xy', 'yx')]
+    answers = iter(typed)
+    def typing(prompt):
+        "The next answer; the end of the input after the last."
+        try: return next(answers)
+        except StopIteration: raise EOFError from None
+    monkeypatch.setattr('builtins.input', typing)
+    assert module.ask_reading(readings) == (readings[chosen - 1] if chosen else None)
+    out = capsys.readouterr().out
+    assert '  1  learns `y` from `x`' in out
+    if chosen == 2: assert '--set prompt_column=y --set completion_column=x' in out
+
+
+@pytest.mark.parametrize('terminal', [(True, False), (False, True), (False, False)])
+def test_nobody_is_asked_elsewhere(monkeypatch, terminal):
+    import sys
+    from types import SimpleNamespace
+    for name, is_terminal in zip(('stdin', 'stdout'), terminal):
+        monkeypatch.setattr(sys, name, SimpleNamespace(isatty=lambda is_terminal=is_terminal: is_terminal, write=lambda text: None, flush=lambda: None))
+    assert module.person_to_ask() is None

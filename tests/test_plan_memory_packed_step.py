@@ -7,7 +7,6 @@ from homelab_ft.config import make_config
 from homelab_ft.plan.memory.packed_step import kept_bytes, packed_phases, why_no_terms
 from homelab_ft.plan.memory.spec import EstimateSpec
 from homelab_ft.plan.model_shape import known_shapes, model_shape
-from homelab_ft.plan.summary import describe_plan_step
 from homelab_ft.plan.memory.estimate import MemoryEstimate, estimate, estimate_for, estimate_with_checkpointing, resolve
 
 SHAPES = known_shapes()
@@ -57,7 +56,7 @@ def test_a_run_is_planned_with_the_step_it_would_take():
     assert step() == 'packed' == step(torch_compile=False)
     for other in (dict(padding_free=False), dict(device='cpu'), dict(method='full'), dict(lora_dropout=0.1), dict(objective='dpo'), dict(dtype='float32')):
         assert step(**other) == 'padded', other
-    assert 'gemma' in describe_plan_step(estimate(model_shape('gemma-2-2b'), length=512)) and estimate(model_shape('gemma-2-2b'), length=512).step == 'padded'
+    assert 'gemma' in estimate(model_shape('gemma-2-2b'), length=512).padded_reason and estimate(model_shape('gemma-2-2b'), length=512).step == 'padded'
     with pytest.raises(ConfigError, match='no formula for packed sequences'): estimate(shape, method='full', padding_free=True)
     with pytest.raises(ConfigError, match='add up'): estimate(shape, policies=dict(none=31))
     with pytest.raises(ConfigError, match='did you mean mlp'): estimate(shape, policies=dict(mpl=32))

@@ -9,7 +9,7 @@ __all__ = ['TOKENIZER_FILES', 'QUESTION', 'ANSWER', 'tokenizer_path', 'read_temp
            'show_loss_mask', 'TemplateReport', 'system_role', 'check_template']
 
 # %% ../../nbs/data/06_chat_template.ipynb #3603d651
-import os
+import os, textwrap
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -287,7 +287,7 @@ class TemplateReport:
         "The report as a table."
         return Table(['chat template', ''], [
             ['ends an answer with', f'{self.end_of_turn} {self.end_ids}'],
-            ['before an answer', repr(self.before_answer)],
+            ['before an answer', '\n'.join(textwrap.wrap(repr(self.before_answer), 50))],
             ['begin-of-text tokens', self.bos],
             ['system message', self.system],
             ['earlier answers have loss', 'yes' if self.history else 'no'],

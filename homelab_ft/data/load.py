@@ -218,7 +218,7 @@ def read_rows(
         next_step='convert it, or unpack it first',
     )
 
-# %% ../../nbs/data/01_load.ipynb #148aa64a
+# %% ../../nbs/data/01_load.ipynb #51849519
 def is_missing(
     value,           # a cell
 ) -> bool:
@@ -237,10 +237,10 @@ def fill_missing(
             if is_missing(value):
                 row[column] = None
                 gaps.add(column)
-            elif not (isinstance(value, float) and value.is_integer()): fractions.add(column)
+            elif not isinstance(value, (int, float)) or value % 1: fractions.add(column)
     for row in rows:
         for column in (gaps - fractions) & row.keys():
-            if row[column] is not None: row[column] = int(row[column])
+            if isinstance(row[column], float): row[column] = int(row[column])
     return rows
 
 # %% ../../nbs/data/01_load.ipynb #3f26dd22

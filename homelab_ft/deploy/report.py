@@ -11,9 +11,8 @@ from ..config import RunConfig
 from ..core import fmt_duration, fmt_gib
 from ..table import Table, table_markdown
 from ..io import write_atomic
-from ..plots import loss_svg
 from ..train.lora import adapter_fingerprint
-from ..train.run_folder import RunFolder, history
+from ..train.run_folder import RunFolder, plot_history
 
 # %% ../../nbs/deploy/05_report.ipynb #f2bf719c
 PEAKS = dict(peak_allocated='measured peak, allocated', peak_reserved='measured peak, reserved',
@@ -89,5 +88,5 @@ def write_report(
     parity=None,         # the `Parity` of its merged model, or None
 ) -> Path:               # the report's path
     "Write `report.md` and `loss.svg` into the run folder, atomically."
-    write_atomic(run.path / 'loss.svg', loss_svg(history(run)))
+    write_atomic(run.path / 'loss.svg', plot_history(run).svg)
     return write_atomic(run.report_path, report_markdown(run, entry, evaluation, parity))
