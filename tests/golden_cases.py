@@ -91,7 +91,7 @@ MASKS = [                                                     # what differs fro
     (r'\b\d+ h \d\d min\b|\b\d+ min \d\d s\b|\b\d+(\.\d+)? s\b', '<time>'),
     (r'\d[\d,.]* tokens per second', '<n> tokens per second'),
 ]
-LINES_LEFT_OUT = r'^(loading the model|training, loss|likelihood|labels|answers|tokenizing)(:.*)?\n'      # progress, if it was slow
+LINES_LEFT_OUT = r'^(loading the model|training, loss [\d.]+|likelihood|labels|answers|tokenizing)(:.*)?\n'      # progress, if it was slow
 
 
 def mask(name, text):
