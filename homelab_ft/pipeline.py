@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['QUICKSTART', 'quickstart_config', 'required_disk_bytes', 'check_inputs', 'largest_batch', 'plan_run',
-           'training_sequences', 'plan_warnings', 'new_run', 'evaluate_and_export', 'stop_on_ctrl_c', 'train_here',
-           'run_pipeline', 'prepare_resume', 'resume_pipeline', 'read_projection', 'project_from_first_steps',
-           'result_text']
+           'training_sequences', 'plan_warnings', 'download_model', 'new_run', 'evaluate_and_export', 'stop_on_ctrl_c',
+           'train_here', 'run_pipeline', 'prepare_resume', 'resume_pipeline', 'read_projection',
+           'project_from_first_steps', 'result_text']
 
 # %% ../nbs/05_pipeline.ipynb #a2704562
 import json, os, shutil, signal, tempfile, threading, time
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import ConfigError, HardwareError, MiB, RunError, model_path
+from .core import ConfigError, HardwareError, MiB, ModelError, RunError, licence_step, model_path
+from .progress import download_bar
 from .config import RunConfig, make_config
 from .data.prepare import describe_prepared, prepare, read_preview
 from .data.sample.tickets import write_tickets
@@ -145,6 +146,23 @@ def plan_warnings(
     return [text for text in warnings if text]
 
 # %% ../nbs/05_pipeline.ipynb #2db7e52e
+def download_model(
+    model: str,                   # folder, Hub id, or `embedded`
+    log=print,                    # receives a line
+):
+    "Download a Hub model that is not in the cache; `ModelError` with the next step if that fails."
+    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+    is_here = Path(model_path(model)).is_dir() or isinstance(try_to_load_from_cache(model, 'config.json'), str)
+    if is_here or constants.HF_HUB_OFFLINE: return
+    log(f'download  {model} from the Hugging Face Hub; this can take a while')
+    files = ['*.safetensors', '*.json', '*.jinja', '*.model', '*.txt']
+    try: snapshot_download(model, allow_patterns=files, tqdm_class=download_bar(model))
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        next_step = f'check the id and the network, then:\n    hf download {model}' + licence_step(model)
+        raise ModelError('the model cannot be downloaded', f'{model}: {reason}', next_step=next_step) from error
+
+# %% ../nbs/05_pipeline.ipynb #c15d8c1a
 def new_run(
     config: RunConfig,            # the settings of a new run
     log=print,                    # receives a line or a table at a time
@@ -154,7 +172,11 @@ def new_run(
     "Say what is learned, check everything, prepare the data and make the run folder around it; a mistake leaves neither."
     preview = read_preview(config, log, choose)
     config = preview.config
-    tok = preview.load_tokenizer(log, check=lambda: check_inputs(config))
+    def check():
+        check_inputs(config)
+        download_model(config.model, log)
+
+    tok = preview.load_tokenizer(log, check)
     runs_dir = Path(config.runs_dir)
     is_new = not runs_dir.exists()
     runs_dir.mkdir(parents=True, exist_ok=True)

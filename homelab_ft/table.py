@@ -9,10 +9,6 @@ __all__ = ['LONG_WORD', 'terminal_width', 'wrap_cell', 'fit_columns', 'Table', '
 import html, shutil, textwrap
 from dataclasses import dataclass
 
-import tabulate
-
-tabulate.MIN_PADDING = 0     # columns are as wide as their widest cell, so that more of them fit 80 characters
-
 # %% ../nbs/03_table.ipynb #2aad7db7
 LONG_WORD = 20       # characters; longer words may be broken
 
@@ -62,6 +58,8 @@ class Table:
         escape=str,        # what happens to each cell's text
     ) -> str:
         "The table without its title; numbers stay as they are written."
+        import tabulate                  # here, so that the command line starts without it
+        tabulate.MIN_PADDING = 0         # columns are as wide as their widest cell, so that more of them fit 80 characters
         headers = [escape(str(h)) for h in self.headers]
         rows = [[escape(str(cell)) for cell in row] for row in self.rows]
         return tabulate.tabulate(rows, headers, style, disable_numparse=True, preserve_whitespace=True)

@@ -288,3 +288,21 @@ def test_every_model_of_the_catalogue_has_an_address():
     from homelab_ft.core import hub_id
     from homelab_ft.plan.model_catalog import CATALOG
     assert [name for name in CATALOG if not hub_id(name) and not name.endswith('-text')] == []
+
+
+def test_a_hub_model_is_downloaded_before_any_work(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import constants
+    from homelab_ft import core, pipeline
+    from homelab_ft.core import ModelError
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(core, 'hub_reachable', lambda: True)
+    asked, said = [], []
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda model, **options: asked.append(model))
+    pipeline.download_model('owner/model', said.append)
+    pipeline.download_model('embedded', said.append)
+    assert asked == ['owner/model'] and len(said) == 1 and 'owner/model' in said[0]
+
+    def gated(model, **options): raise OSError('403 Client Error: access is restricted')
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', gated)
+    with pytest.raises(ModelError, match='hf auth login'): pipeline.download_model('meta-llama/Llama-3.2-1B-Instruct', said.append)

@@ -18,8 +18,6 @@ from filelock import FileLock, Timeout
 from ..config import RunConfig, dump_config, load_config
 from ..core import RunError, fmt_duration, near_matches
 from ..io import append_jsonl, now, read_jsonl, write_atomic, write_json
-from ..plots import Picture, loss_picture
-from .projection import total_seconds
 
 # %% ../../nbs/train/06_run_folder.ipynb #9bc6bf86
 MANIFEST_VERSION = 2
@@ -275,7 +273,9 @@ def add_pace(
     if not durations: durations = [result.seconds / result.step] if result.seconds else []
     if not durations: return
     result.eta_seconds = steps_left * sum(durations) / len(durations)
-    if len(durations) >= 5: result.eta_low, _, result.eta_high = total_seconds(durations, steps_left)
+    if len(durations) >= 5:
+        from homelab_ft.train.projection import total_seconds
+        result.eta_low, _, result.eta_high = total_seconds(durations, steps_left)
 
 
 def status(
@@ -300,9 +300,10 @@ def status(
 # %% ../../nbs/train/06_run_folder.ipynb #c1b70b0e
 def plot_history(
     run: RunFolder,          # the run
-) -> Picture:                # shown by a notebook; prints as one line
+):                           # a `Picture`: shown by a notebook; prints as one line
     "Training and validation loss of a run, with pauses, new learning rates and checkpoints marked."
     happened, curves = events(run), history(run)
+    from homelab_ft.plots import loss_picture
     return loss_picture(curves, status(run, happened, curves).total_steps, happened)
 
 # %% ../../nbs/train/06_run_folder.ipynb #92f91cef
