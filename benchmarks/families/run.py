@@ -10,6 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 STEPS = 6
+COMMON = dict(max_length=1024, per_device_train_batch_size=2, gradient_accumulation_steps=1)
 PADDED = dict(padding_free=False, gradient_checkpointing=False)
 
 # Of families that are not in the catalogue: written down by hand, layers reduced
@@ -42,6 +43,12 @@ CASES = [
     ('OLMoE-1B-7B', 0, dict(method='lora', **PADDED)),
     ('StarCoder2-3B', 0, dict(method='lora', **PADDED)),
     ('GLM-4-9B', 12, dict(method='qlora', **PADDED)),
+    ('SmolLM3-3B', 12, dict(method='qlora', dtype='float32', **PADDED)),
+    ('SmolLM3-3B', 12, dict(method='lora', dtype='float32', **PADDED)),
+    ('Llama-3.2-1B', 0, dict(method='lora', dtype='float32', **PADDED)),
+    ('Llama-3.2-1B', 0, dict(method='qlora', dtype='float32', **PADDED)),
+    ('Llama-3.2-1B', 0, dict(method='qlora', dtype='float32', padding_free=False, gradient_checkpointing=True)),
+    ('Llama-3.2-1B', 0, dict(method='lora', dtype='float32', padding_free=False, gradient_checkpointing=True)),
 ]
 
 
@@ -53,20 +60,29 @@ def hf_config(name, layers):
     return config
 
 
+def predict(name, layers, settings, arch='hopper'):
+    "What the plan says of a case, in bytes."
+    from homelab_ft.config import make_config
+    from homelab_ft.plan.memory.estimate import EstimateSpec, estimate
+    from homelab_ft.plan.model_shape import model_shape
+    config = make_config(model='embedded', **COMMON | settings)
+    spec = EstimateSpec.from_config(config).replace(arch=arch)
+    checkpointing = config.gradient_checkpointing is True
+    est = estimate(model_shape(hf_config(name, layers)), spec, gradient_checkpointing=checkpointing)
+    return dict(allocated=est.allocated, process=est.peak)
+
+
 def measure(name, layers, settings, limit):
     "One case, in this process."
     import torch
     from homelab_ft.config import make_config
-    from homelab_ft.plan.memory.estimate import EstimateSpec, estimate
-    from homelab_ft.plan.model_shape import model_shape
     from homelab_ft.plan.probe import probe_context
     from homelab_ft.train import trainer
     from homelab_ft.train.base_model import gpu_process_bytes
     from homelab_ft.train.engine.features import describe_step
     torch.zeros(1, device='cuda')
     if limit: torch.cuda.set_per_process_memory_fraction(limit * 2**30 / torch.cuda.mem_get_info()[1])
-    common = dict(max_length=1024, per_device_train_batch_size=2, gradient_accumulation_steps=1)
-    config = make_config(model='embedded', **common | settings)
+    config = make_config(model='embedded', **COMMON | settings)
     hf, began = hf_config(name, layers), time.monotonic()
     ctx = probe_context(config, hf)
     for group in ctx.optimizer.param_groups: group['lr'] = 0
@@ -83,10 +99,8 @@ def measure(name, layers, settings, limit):
     measured = dict(allocated=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved(),
                     process=gpu_process_bytes())
     arch = 'hopper' if torch.cuda.get_device_capability() >= (9, 0) else 'ampere'
-    spec = EstimateSpec.from_config(config).replace(arch=arch)
-    est = estimate(model_shape(hf), spec, gradient_checkpointing=config.gradient_checkpointing is True)
     return dict(model=name, layers=layers or hf['num_hidden_layers'], settings=settings, measured=measured,
-                estimated=dict(allocated=est.allocated, process=est.peak), step=describe_step(ctx.step.features),
+                estimated=predict(name, layers, settings, arch), step=describe_step(ctx.step.features),
                 loading_seconds=round(loading, 1), steps_per_second=round(1 / sorted(times)[STEPS // 2], 2),
                 tokens_per_second=round(2048 / sorted(times)[STEPS // 2]), loss=round(ctx.state.loss or 0, 4),
                 gpu=torch.cuda.get_device_name(), torch=torch.__version__)

@@ -50,6 +50,7 @@ def layer_bytes(
     b: int = 2,                      # bytes per value: 2 bfloat16, 4 float32
     lora_r: int = 16,                # rank
     targets: dict = {},              # adapted matrices, from `target_linears`; empty: all weights are trained
+    grouped_scores: bool = False,    # attention of grouped queries without a fused kernel: float32 on a GPU
 ) -> int:                            # per token
     "Bytes per token that one decoder layer keeps for the backward pass."
     heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
@@ -65,6 +66,9 @@ def layer_bytes(
     if shape.eager: scores = (2 * b + 4) * heads * length
     else: scores = 4 * heads + round(b * length * masked)
     repeated = masked if 1 < kv_heads < heads else 0
+    if grouped_scores and kv_heads < heads and not shape.eager:
+        scores += round(b * heads * length * (1 - masked))
+        repeated = 1
     keys_values = 2 * k + shape.fused_attention * (q + k)
     keys_values = round(repeated * 2 * q + (1 - repeated) * keys_values)
     attention = b * (2 * q + keys_values) + scores
@@ -121,7 +125,8 @@ def kept_activations(
     shape, spec, b = ctx.shape, ctx.spec, ctx.b
     tokens, _ = ctx.microbatch
     n, full = shape.num_hidden_layers, spec.method == 'full'
-    layer = tokens * layer_bytes(shape, spec.method, spec.length, b, spec.lora_r, ctx.targets)
+    grouped_scores = b == 4 and spec.arch != 'cpu'
+    layer = tokens * layer_bytes(shape, spec.method, spec.length, b, spec.lora_r, ctx.targets, grouped_scores)
     mask = spec.batch_size * spec.length**2 if shape.masked(spec.length) else 0
     last_norm = tokens * shape.hidden_size * (8 if full else 4)
     inputs_8bit = 0
