@@ -97,7 +97,7 @@ def test_a_step_that_was_not_as_planned_counts_for_nothing(cliff, cases, odd, i)
     settings, limit = cases[i]
     row = cliff.judged(trained(cliff, settings, limit, **odd))
     assert row['outcome'] == 'trained' and row['agrees'] is None and row['unlike'] == [*odd]
-    assert 'not as planned' in str(cliff.table([row]))
+    assert any('not as planned' in str(cell) for cell in cliff.table([row]).rows[0])
 
 
 def test_nothing_hides_a_full_gpu(cliff):

@@ -184,8 +184,8 @@ def test_the_plan_counts_every_weight(tmp_path):
 ], ids=str)
 def test_what_does_not_go_together_is_refused_before_any_work(tmp_path, settings, word):
     with pytest.raises(ConfigError, match=word):
-        config = make_config(**SMALL | settings)
-        new_run(config.model_copy(update={'data': str(tmp_path / 'none.csv'), 'runs_dir': str(tmp_path / 'runs')}))
+        config = quickstart_config(tmp_path, **SMALL | settings, runs_dir=str(tmp_path / 'runs'))
+        new_run(config, log=lambda line: None)
     assert not (tmp_path / 'runs').exists()
 
 # ---------------------------------------------------------------- what this machine cannot do, said before the data is read
