@@ -333,7 +333,7 @@ def test_near_copies_beside_a_few_others(tmp_path):
 def test_few_rows_are_used_and_the_report_says_what_they_cannot_show(tmp_path, n):
     for name, rows in dict(a=pairs(QUESTIONS[:n]), b=classes(n)).items():
         made = prepare(make_config(data=jsonl(tmp_path / f'{name}.jsonl', rows)), tok(), tmp_path / name)
-        assert sum(made.rows[part] for part in PARTS) == n and 'no difference shows' in str(made.report[0])
+        assert sum(made.rows[part] for part in PARTS) == n and 'too few to show a difference' in str(made.report[0])
 
 
 def test_labels_that_are_answers(tmp_path):

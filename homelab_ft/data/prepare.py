@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PARTS', 'WIDTH', 'FEW', 'Prepared', 'wrap', 'shorten', 'shorten_parts', 'first_lines', 'first_example',
            'show_example', 'ask_reading', 'person_to_ask', 'Preview', 'check_paths', 'read_preview', 'Source',
-           'read_source', 'Division', 'divide', 'select_rows', 'rows_table', 'example_table', 'input_fingerprint',
-           'save_prepared', 'read_manifest', 'load_prepared', 'build_prepared', 'describe_prepared', 'prepare']
+           'read_source', 'Division', 'divide', 'select_rows', 'part_name', 'rows_table', 'example_table',
+           'input_fingerprint', 'save_prepared', 'read_manifest', 'load_prepared', 'build_prepared',
+           'describe_prepared', 'prepare']
 
 # %% ../../nbs/data/09_prepare.ipynb #3f1dc7a8
 import json, re, sys, textwrap
@@ -295,6 +296,13 @@ def select_rows(
 # %% ../../nbs/data/09_prepare.ipynb #65409975
 FEW = 10     # test rows; with fewer, an interval covers almost everything
 
+def part_name(
+    part: str,            # train, validation or test
+    n: int,               # its rows
+) -> str:
+    "The part, and what is wrong with a test of few rows."
+    return f'test (under {FEW}: too few to show a difference)' if part == 'test' and n < FEW else part
+
 def rows_table(
     source: Source,       # the training file
     division: Division,   # its parts
@@ -309,7 +317,6 @@ def rows_table(
         'dropped: a label that occurs once': division.rare,
         'in the test, with a label that training never shows': len(unknown),
     }
-    if len(division.parts['test']) < FEW: notes[f'in the test: with fewer than {FEW}, no difference shows'] = len(division.parts['test'])
     cache = source.tokenized.caches[0]
     return Table(['', 'rows', 'tokens'], [
         ['in the file', source.n_rows, ''],
@@ -317,7 +324,7 @@ def rows_table(
         ['after tokenizing', len(cache), len(cache.input_ids)],
         *([note, n, ''] for note, n in notes.items() if n),
         *([f'without a value in {c}', n, ''] for c, n in source.missing.items()),
-        *([part, len(cache), len(cache.input_ids)] for part, cache in caches.items()),
+        *([part_name(part, len(cache)), len(cache), len(cache.input_ids)] for part, cache in caches.items()),
     ], 'Rows')
 
 # %% ../../nbs/data/09_prepare.ipynb #e3064eac
