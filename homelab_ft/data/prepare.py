@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'WIDTH', 'FEW', 'Prepared', 'wrap', 'shorten', 'shorten_parts', 'first_lines', 'first_example',
-           'show_example', 'ask_reading', 'person_to_ask', 'Preview', 'check_paths', 'read_preview', 'Source',
-           'read_source', 'Division', 'divide', 'select_rows', 'part_name', 'rows_table', 'example_table',
-           'input_fingerprint', 'save_prepared', 'read_manifest', 'load_prepared', 'build_prepared',
-           'describe_prepared', 'prepare']
+           'show_example', 'ask_reading', 'person_to_ask', 'Preview', 'check_paths', 'preview_file', 'read_preview',
+           'Source', 'read_source', 'Division', 'divide', 'select_rows', 'part_name', 'rows_table', 'example_table',
+           'input_fingerprint', 'save_prepared', 'read_manifest', 'load_prepared', 'build_prepared', 'ReadSource',
+           'divide_sources', 'as_mixed', 'test_as_mixed', 'build_mixed', 'describe_prepared', 'prepare']
 
 # %% ../../nbs/data/09_prepare.ipynb #3f1dc7a8
 import json, re, sys, textwrap
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from ..config import DataSettings, RunConfig, set_options
+from ..config import DataSettings, RunConfig, set_options, sources_of
 from ..core import ConfigError, DataError, Example
 from .chat_template import Encoded, check_template, encode, load_tokenizer, show_loss_mask
 from .clean import CleaningReport, clean, is_blank
@@ -22,6 +22,7 @@ from .dedup import normalise
 from .columns import columns_of
 from .formats import DatasetFormat, detect_format, to_examples, truth_of, what_is_learned
 from .load import error_prefix, is_missing, load_rows, source_fingerprint
+from .mix import MixedSource, mix_sources, read_replay, replay_folder
 from .preference import check_objective
 from .split import apart, check_labels, divide_rows, refuse_division
 from homelab_ft.data.tokenize import (
@@ -46,6 +47,7 @@ class Prepared:
     fingerprint: str                # SHA-256 of all that went in: file, settings, tokenizer, template
     rows: dict                      # counts: file, cleaned, tokenized, train, validation, test
     cached: bool = False            # True if it was there already
+    sources: list = field(default_factory=list)     # of several: dicts with name, path, first and last row number
     rejected: dict = None           # preferences: train_rejected, ... -> `TokenCache` of the worse answers, row by row as in train, ...
 
     @property
@@ -162,6 +164,8 @@ class Preview:
     config: RunConfig               # with the columns that a person chose
     rows: list                      # `Row`s
     dataset_format: DatasetFormat
+    name: str = ''                  # of the source
+    sources: list = field(default_factory=list)     # of several sources: a `Preview` of each
 
     def load_tokenizer(self,
         log=print,                  # receives the example
@@ -173,7 +177,12 @@ class Preview:
             check()
             tok = load_tokenizer(c.model, c.chat_template, needs_template=False)      # plain text needs none
         finally:
-            example = first_example(self.dataset_format, self.rows, c.system_prompt)
+            first = self.sources[0].config if self.sources else c
+            example = first_example(
+                self.dataset_format,
+                self.rows,
+                first.system_prompt,
+            )
             if example: log(show_example(example, tok, c.objective == 'dpo'))
         return tok
 
@@ -187,16 +196,15 @@ def check_paths(
             allowed='CSV, JSON, JSONL, Parquet, or a saved datasets folder',
             next_step='give a file: --data FILE, or data=FILE in Python',
         )
-    for path in filter(None, (config.data, config.test_data)):
+    for path in filter(None, [*(source.path for source, _ in sources_of(config)), config.test_data]):
         if not Path(path).expanduser().exists(): load_rows(path)     # says what is wrong with the path
 
-def read_preview(
-    config: RunConfig,   # which data
+def preview_file(
+    config: RunConfig,   # which file
     log=print,           # receives the first lines
     choose=None,         # asks a person which reading is meant, see `detect_format`
 ) -> Preview:
-    "Read the training file and say what is learned from what; `DataError` if that is unclear."
-    check_paths(config)
+    "Read one file and say what is learned from what."
     rows, chosen = load_rows(config.data, config.encoding, config.max_rows, config.seed), []
     def ask(readings):
         "Ask, and remember the answer."
@@ -207,6 +215,32 @@ def read_preview(
     good = [truth_of(row.get(dataset_format.label_column)) for row in rows].count(True)
     log(first_lines(dataset_format, len(rows), config.objective, good if dataset_format.kind == 'kto' else None))
     return Preview(config, rows, dataset_format)
+
+def read_preview(
+    config: RunConfig,   # which data
+    log=print,           # receives the first lines
+    choose=None,         # asks a person which reading is meant, see `detect_format`
+) -> Preview:
+    "Read the training files and say what is learned from what; `DataError` if that is unclear."
+    check_paths(config)
+    pairs = sources_of(config)
+    if len(pairs) == 1: return preview_file(pairs[0][1], log, choose)
+    previews, sources = [], []
+    for source, own in pairs:
+        log(f'source    {source.name}')
+        with error_prefix(source.name): preview = preview_file(own, log, choose)
+        preview.name = source.name
+        chosen = {} if preview.config is own else preview.dataset_format.settings
+        previews.append(preview)
+        sources.append(source.model_copy(update=chosen))
+    first = previews[0]
+    return Preview(
+        config.model_copy(update=dict(data=sources)),
+        first.rows,
+        first.dataset_format,
+        first.name,
+        previews,
+    )
 
 # %% ../../nbs/data/09_prepare.ipynb #7150380f
 @dataclass
@@ -345,14 +379,20 @@ def input_fingerprint(
     tok,                 # tokenizer
 ) -> str:
     "SHA-256 of all that shapes the prepared data."
-    paths = ('model', 'data', 'test_data', 'chat_template')     # their content counts, not their name
+    paths = ('model', 'data', 'test_data', 'chat_template', 'replay')     # their content counts, not their name
+    sources = sources_of(config)
+    if len(sources) == 1: config = sources[0][1]
     settings = config.model_dump(include={*DataSettings.model_fields, 'seed'}, exclude={*paths})
     settings['layout'] = settings.pop('dataset_format')         # the fingerprints of older runs stay valid
     for name in ('context_column', 'near_duplicates'):
         if settings[name] == RunConfig.model_fields[name].default: del settings[name]
+    if len(sources) > 1: settings['sources'] = [source.model_dump(exclude={'path'}) for source, _ in sources]
+    if config.replay:
+        old = read_manifest(replay_folder(config.replay, config.runs_dir))
+        settings['replay'] = [config.replay.share, old['checksums']]
     return fingerprint({
         'form': 1,
-        'files': [path and source_fingerprint(path) for path in (config.data, config.test_data)],
+        'files': [path and source_fingerprint(path) for path in (*(own.data for _, own in sources), config.test_data)],
         'settings': settings,
         'tokenizer': tokenizer_fingerprint(tok),
     })
@@ -378,7 +418,7 @@ def save_prepared(
         'dataset_format': asdict(prepared.dataset_format),
         'checksums': checksums,
         'report': [asdict(table) for table in prepared.report],
-    })
+    } | ({'sources': prepared.sources} if prepared.sources else {}))
 
 # %% ../../nbs/data/09_prepare.ipynb #52cbad76
 def read_manifest(
@@ -455,6 +495,125 @@ def build_prepared(
         rows=rows | {part: len(cache) for part, cache in parts.items()},
     )
 
+# %% ../../nbs/data/09_prepare.ipynb #eb91d9e9
+@dataclass
+class ReadSource:
+    "One source, read and divided."
+    preview: Preview
+    source: Source
+    division: Division
+
+def divide_sources(
+    previews: list,       # of each source
+    test: Source,         # the test file, or None
+    tok,                  # tokenizer
+) -> list:                # of `ReadSource`
+    "Clean, tokenize and divide each file by itself."
+    result = []
+    for preview in previews:
+        with error_prefix(preview.name):
+            source = read_source(
+                preview.rows,
+                preview.config,
+                tok,
+                preview.dataset_format,
+            )
+            result.append(ReadSource(preview, source, divide(source, test, preview.config)))
+    return result
+
+def as_mixed(
+    read: ReadSource,     # one source
+    weight: float,        # its weight, or None
+    test: Source,         # the test file, or None
+) -> MixedSource:
+    "The parts of a source as token caches; the rows of a test file are no part of it."
+    caches, parts = {}, dict(read.division.parts)
+    if test: parts['test'] = []
+    for part, examples in parts.items():
+        cache, *others = [select_rows(cache, examples) for cache in read.source.tokenized.caches]
+        caches[part] = cache
+        if others: caches[f'{part}_rejected'] = others[0]
+    preview, n_rows = read.preview, max(getattr(row, 'number', 0) for row in read.preview.rows)
+    held_out = parts['validation'] + parts['test']
+    return MixedSource(
+        preview.name,
+        preview.config.data,
+        caches,
+        parts['test'],
+        weight,
+        n_rows,
+        parts['train'],
+        held_out,
+    )
+
+def test_as_mixed(
+    test: Source,         # the test file
+    like: MixedSource,    # the first source, for empty parts
+) -> MixedSource:
+    "The test file as a source that is only tested."
+    empty = {part: select(cache, []) for part, cache in like.caches.items() if not part.startswith('test')}
+    names = [part for part in like.caches if part.startswith('test')]
+    caches = empty | dict(zip(names, test.tokenized.caches))
+    return MixedSource(
+        'test_data',
+        '',
+        caches,
+        test.examples,
+        n_rows=max(e.row for e in test.examples),
+        held_out=test.examples,
+    )
+
+# %% ../../nbs/data/09_prepare.ipynb #1615c0a3
+def build_mixed(
+    config: RunConfig,    # the settings
+    tok,                  # tokenizer
+    key: str,             # `input_fingerprint`
+    preview: Preview,     # of all sources
+) -> Prepared:
+    "Clean, tokenize and divide each source by itself, then mix; nothing is written."
+    previews, test = preview.sources or [replace(preview, name=Path(preview.config.data).stem)], None
+    if config.test_data is not None:
+        with error_prefix('test_data'):
+            rows, first = load_rows(config.test_data, config.encoding), previews[0]
+            test = read_source(rows, first.config, tok, first.dataset_format)
+    read = divide_sources(previews, test, tok)
+    weights = [source.weight for source, _ in sources_of(config)]
+    sources = [as_mixed(one, weight, test) for one, weight in zip(read, weights)]
+    if config.replay: sources.append(read_replay(config, tok))
+    mixture = mix_sources(sources, config, test and test_as_mixed(test, sources[0]))
+    formats = [one.source.dataset_format for one in read]
+    rows = dict(
+        file=sum(one.source.n_rows for one in read),
+        cleaned=sum(one.source.cleaning.rows_out for one in read),
+        tokenized=sum(len(one.source.examples) for one in read),
+    )
+    report = [mixture.table]
+    for one in read:
+        tables = [
+            rows_table(one.source, one.division, {}),
+            one.source.cleaning.table(),
+            one.source.tokenized.table(),
+        ]
+        for table in [*tables, one.source.dataset_format.table()]:
+            table.title = f'{one.preview.name}: {table.title or "tokens"}'
+            report.append(table)
+    if any(f.kind != 'text' for f in formats): report.append(check_template(tok).table())
+    report.append(example_table(mixture.caches['train'], tok))
+    classes = all(f.kind == 'classification' for f in formats) and not config.replay
+    labels = {e.label for one in read for examples in one.division.parts.values() for e in examples}
+    parts = {part: mixture.caches.pop(part) for part in PARTS}
+    return Prepared(
+        **parts,
+        rejected=mixture.caches or None,
+        test_examples=mixture.test_examples,
+        labels=sorted(labels) if classes else None,
+        dataset_format=next((f for f in formats if f.kind != 'text'), formats[0]),
+        report=report,
+        fingerprint=key,
+        rows=rows | {part: len(cache) for part, cache in parts.items()},
+        sources=mixture.ranges,
+    )
+
 # %% ../../nbs/data/09_prepare.ipynb #54e695c4
 def describe_prepared(
     folder,          # a prepared folder
@@ -489,7 +648,9 @@ def prepare(
     if manifest:
         try: return load_prepared(folder)
         except DataError: pass
-    prepared = build_prepared(config, tok, key, preview or read_preview(config, log=lambda line: None))
+    preview = preview or read_preview(config, log=lambda line: None)
+    build = build_mixed if preview.sources or config.replay else build_prepared
+    prepared = build(config, tok, key, preview)
     check_token_ids(prepared.caches.values(), tok, config.model)
     save_prepared(prepared, folder)
     return prepared

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['DECIDING', 'LIKELIHOOD', 'MAX_SHUFFLED_P', 'NARROW', 'MAX_SHUFFLED', 'RENAMED_KEYS', 'MetricResult',
            'deciding_metric', 'round_up', 'Evaluation', 'draw', 'EvaluationData', 'load_evaluation_data',
-           'label_token_ids', 'answer_greedily', 'ModelScores', 'score_model', 'metric_results', 'base_model_of',
-           'shuffle_answers', 'samples_of', 'compare', 'upgrade_keys', 'load_evaluation']
+           'label_token_ids', 'answer_greedily', 'ModelScores', 'score_model', 'metric_results', 'SourceResult',
+           'part_of_data', 'part_of_scores', 'results_by_source', 'base_model_of', 'shuffle_answers', 'samples_of',
+           'compare', 'upgrade_keys', 'load_evaluation']
 
 # %% ../../nbs/evaluate/05_compare.ipynb #f3e9e6a9
 import json, math, textwrap, time
@@ -18,6 +19,7 @@ from ..config import RunConfig
 from ..table import Table, table_html, table_markdown
 from ..io import now, read_jsonl, write_json
 from ..data.chat_template import encode, end_of_turn_ids, load_tokenizer, prompt_ids
+from ..data.mix import source_of_row
 from ..data.preference import Answers, PreferencePairs
 from ..data.tokenize import TokenCache, is_text, load_cache, select
 from .bootstrap import MIN_EXAMPLES, Interval, Shuffled, paired_bootstrap, paired_shares, shuffle_test
@@ -102,6 +104,7 @@ class Evaluation:
     shuffled: Shuffled = None      # the deciding metric with the fine-tuned answers dealt to other questions
     samples: list = field(default_factory=list)   # `Sample`s: five at random and the worst
     adapter: str = ''              # fingerprint of the adapter
+    by_source: list = field(default_factory=list)   # of several sources: a `SourceResult` of each
 
     @property
     def deciding(self) -> MetricResult:
@@ -186,23 +189,43 @@ class Evaluation:
             rows.append([m.name, *values, m.format_gain(), m.n_examples])
         return Table(headers, rows)
 
+    def source_table(self) -> Table:
+        "The metric that decides, for each source by itself."
+        headers = [
+            'source',
+            'metric',
+            'base',
+            'fine-tuned',
+            f'gain [{self.level:.0%} interval]',
+            'examples',
+        ]
+        rows = []
+        for result in self.by_source:
+            m = result.metric
+            values = [m.format_value(x) for x in (m.base, m.fine_tuned)]
+            rows.append([result.name, m.name, *values, m.format_gain(), m.n_examples])
+        return Table(headers, rows, 'By source')
+
     def __getitem__(self, name):
         return next(m for m in self.metrics if m.name == name)
 
     def __repr__(self):
         parts = [textwrap.fill(self.conclusion, 80), self.table()]
+        if self.by_source: parts.append(self.source_table())
         if self.advice: parts.append(textwrap.fill(self.advice, 80))
         if self.samples: parts += ['Sample answers, drawn at random:', Samples(self.samples)]
         return '\n\n'.join(map(str, parts))
 
     def _repr_html_(self):
         parts = [f'<p><b>{self.conclusion}</b></p>', table_html(self.table())]
+        if self.by_source: parts.append(table_html(self.source_table()))
         if self.advice: parts.append(f'<p>{self.advice}</p>')
         if self.samples: parts += ['<p>Sample answers, drawn at random:</p>', Samples(self.samples)._repr_html_()]
         return ''.join(parts)
 
     def _repr_markdown_(self):
         parts = [f'**{self.conclusion}**', table_markdown(self.table())]
+        if self.by_source: parts.append(table_markdown(self.source_table()))
         if self.advice: parts.append(self.advice)
         if self.samples:
             parts += ['## Sample answers', 'Drawn at random; the last lost most.']
@@ -228,6 +251,7 @@ class EvaluationData:
     to_answer: list                 # the `Example`s that are answered greedily
     labels: list = None             # classes, for a classification
     pairs: PreferencePairs = None   # both answers, for preference data
+    sources: list = field(default_factory=list)     # of several sources: the name of each example's
 
     @property
     def free_text(self) -> bool:
@@ -257,7 +281,16 @@ def load_evaluation_data(
     pairs = None
     if rejected_path.exists():
         pairs = PreferencePairs(cache, select(load_cache(rejected_path), drawn))
-    return EvaluationData(cache, examples, answered, details.get('labels'), pairs)
+    ranges = details.get('sources') or []
+    sources = [source_of_row(e.row, ranges) for e in examples] if ranges else []
+    return EvaluationData(
+        cache,
+        examples,
+        answered,
+        details.get('labels'),
+        pairs,
+        sources,
+    )
 
 # %% ../../nbs/evaluate/05_compare.ipynb #25e18f38
 def label_token_ids(
@@ -367,6 +400,68 @@ def metric_results(
     deciding = deciding_metric(results)
     return sorted(results, key=lambda m: (m.name != deciding, m.name in (LIKELIHOOD, 'perplexity')))
 
+# %% ../../nbs/evaluate/05_compare.ipynb #e80cd883
+@dataclass
+class SourceResult:
+    "The deciding metric on the test rows of one source."
+    name: str                # of the source
+    metric: MetricResult
+
+def part_of_data(
+    data: EvaluationData,    # test examples
+    positions: list,         # of some of them
+) -> EvaluationData:
+    "Some of the test examples."
+    rows = {data.examples[i].row for i in positions}
+    answered = [e for e in data.to_answer if e.row in rows]
+    examples = [data.examples[i] for i in positions]
+    return EvaluationData(
+        select(data.cache, positions),
+        examples,
+        answered,
+        data.labels,
+        data.pairs,
+    )
+
+def part_of_scores(
+    scores: ModelScores,     # of all test examples
+    data: EvaluationData,    # all of them
+    positions: list,         # of some of them
+) -> ModelScores:
+    "What a model makes of some of the test examples."
+    rows = {data.examples[i].row for i in positions}
+    answered = [i for i, e in enumerate(data.to_answer) if e.row in rows]
+    correct = {}
+    for name, right in scores.correct.items():
+        of_part = answered if name == 'exact match' else positions
+        if of_part: correct[name] = np.asarray(right)[of_part]
+    return ModelScores(
+        nll=scores.nll[positions],
+        tokens=scores.tokens[positions],
+        classes=[scores.classes[i] for i in positions] if len(scores.classes) else (),
+        answers=[scores.answers[i] for i in answered] if len(scores.answers) else (),
+        pair_logprobs=tuple(logprobs[positions] for logprobs in scores.pair_logprobs),
+        correct=correct,
+        similarity={name: np.asarray(score)[answered] for name, score in scores.similarity.items() if answered},
+    )
+
+def results_by_source(
+    base: ModelScores,        # of the base model
+    fine_tuned: ModelScores,  # of the fine-tuned model
+    data: EvaluationData,     # the test examples
+    config: RunConfig,        # objective, resamples and seed
+) -> list:                    # `SourceResult`s, empty for one source
+    "The deciding metric of each source."
+    results = []
+    for name in dict.fromkeys(data.sources):
+        positions = [i for i, source in enumerate(data.sources) if source == name]
+        part = part_of_data(data, positions)
+        scores = [part_of_scores(s, data, positions) for s in (base, fine_tuned)]
+        metrics = metric_results(*scores, part, config)
+        chosen = deciding_metric(metrics) or LIKELIHOOD
+        results.append(SourceResult(name, next(m for m in metrics if m.name == chosen)))
+    return results
+
 # %% ../../nbs/evaluate/05_compare.ipynb #adf59176
 @contextmanager
 def base_model_of(
@@ -456,7 +551,8 @@ def compare(
         classes=classes,
         samples=samples_of(base, fine_tuned, data, config.seed),
         time=now(),
-        adapter=adapter)
+        adapter=adapter,
+        by_source=results_by_source(base, fine_tuned, data, config))
     result.shuffled = shuffle_answers(result, config.seed)
     result.seconds = time.perf_counter() - began
     write_json(run.evaluation_path, asdict(result) | {'conclusion': result.conclusion})
@@ -486,6 +582,7 @@ def load_evaluation(
     record.pop('conclusion', None)
     record['metrics'] = [MetricResult(**m) for m in record['metrics']]
     is_old = 'samples' not in record
+    record['by_source'] = [SourceResult(r['name'], MetricResult(**r['metric'])) for r in record.get('by_source', [])]
     record['samples'] = [Sample(**sample) for sample in record.get('samples', [])]
     record['shuffled'] = Shuffled(**record['shuffled']) if record.get('shuffled') else None
     evaluation = Evaluation(**record)

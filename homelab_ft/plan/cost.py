@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core import Example, ModelError
-from ..config import RunConfig
+from ..config import RunConfig, sources_of
 from ..hardware.gpu_catalog import Gpu
 from .memory.estimate import MemoryEstimate
 from .memory.spec import EstimateSpec
@@ -95,14 +95,16 @@ def estimate_tokens(
 def estimate_data(
     config: RunConfig,   # `data` and what its columns mean
 ) -> DataSize:
-    "The training rows of a file, tokens estimated; raises `DataError` for what a run would refuse."
+    "The training rows of all sources, each once, tokens estimated; raises `DataError` for what a run would refuse."
     from homelab_ft.data.clean import clean
     from homelab_ft.data.formats import detect_format, to_examples
     from homelab_ft.data.load import load_rows
     from homelab_ft.data.split import split
-    rows = load_rows(config.data, config.encoding, config.max_rows, config.seed)
-    examples, cleaning = clean(to_examples(rows, detect_format(rows, config), config.system_prompt))
-    train, _ = split(examples, cleaning.groups, config.eval_fraction, config.seed)
+    train = []
+    for _, own in sources_of(config):
+        rows = load_rows(own.data, own.encoding, own.max_rows, own.seed)
+        examples, cleaning = clean(to_examples(rows, detect_format(rows, own), own.system_prompt))
+        train += split(examples, cleaning.groups, own.eval_fraction, own.seed)[0]
     sizes = np.array([estimate_tokens(example) for example in train]).clip(1, config.max_length)
     return DataSize(*sizes.T, counted=False)
 
