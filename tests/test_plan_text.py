@@ -115,6 +115,18 @@ def test_data_that_a_run_would_refuse_are_refused(capsys, tmp_path):
     assert main(['plan', '--data', 'no.csv']) == 2 and 'no such file' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('model', [(), LLAMA], ids=['counted', 'estimated'])
+def test_data_of_near_duplicates_are_planned_as_a_run_would_divide_them(capsys, tmp_path, model):
+    rows = [dict(prompt=f'I ordered a blue lamp in the shop in Basel last week, and it has not come. Where is parcel {i}?', completion='In the store.') for i in range(60)]
+    path = tmp_path / 'near.jsonl'
+    path.write_text('\n'.join(map(json.dumps, rows)))
+    options = ['plan', *model, '--gib', '24', '--data', str(path)]
+    assert main(options) == 2
+    assert '--set near_duplicates=apart' in capsys.readouterr().err
+    assert main([*options, '--set', 'near_duplicates=apart']) == 0
+    assert ' rows × ' in capsys.readouterr().out
+
+
 def test_total_and_free_ram_are_told_apart(capsys):
     code, text = printed(capsys)
     assert code == 0 and ' GiB RAM' in text.splitlines()[0]
