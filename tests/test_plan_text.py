@@ -117,7 +117,8 @@ def test_data_that_a_run_would_refuse_are_refused(capsys, tmp_path):
 
 @pytest.mark.parametrize('model', [(), LLAMA], ids=['counted', 'estimated'])
 def test_data_of_near_duplicates_are_planned_as_a_run_would_divide_them(capsys, tmp_path, model):
-    rows = [dict(prompt=f'I ordered a blue lamp in the shop in Basel last week, and it has not come. Where is parcel {i}?', completion='In the store.') for i in range(60)]
+    asked = ['Wo ist mein Paket {}?', 'Wie ändere ich mein Passwort, Konto {}?', 'Warum wurde zweimal abgebucht, Rechnung {}?']
+    rows = [dict(prompt=asked[i % 3].format(i), completion='Sofort.') for i in range(240)]
     path = tmp_path / 'near.jsonl'
     path.write_text('\n'.join(map(json.dumps, rows)))
     options = ['plan', *model, '--gib', '24', '--data', str(path)]
