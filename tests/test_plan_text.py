@@ -117,8 +117,9 @@ def test_data_that_a_run_would_refuse_are_refused(capsys, tmp_path):
 
 @pytest.mark.parametrize('model', [(), LLAMA], ids=['counted', 'estimated'])
 def test_data_of_near_duplicates_are_planned_as_a_run_would_divide_them(capsys, tmp_path, model):
-    asked = ['Wo ist mein Paket {}?', 'Wie ändere ich mein Passwort, Konto {}?', 'Warum wurde zweimal abgebucht, Rechnung {}?']
-    rows = [dict(prompt=asked[i % 3].format(i), completion='Sofort.') for i in range(240)]
+    asked = ['Wo ist mein Paket {}?', 'Wie ändere ich mein Passwort, Konto {}?', 'Warum wurde zweimal abgebucht, Rechnung {}?', 'Wann öffnet der Laden {}?']
+    answers = ['Es liegt im Lager {}.', 'Unter Konto, dann Sicherheit, Nummer {}.', 'Wir erstatten Rechnung {}.', 'Um neun Uhr, Laden {}.']
+    rows = [dict(prompt=asked[i % 4].format(i), completion=answers[i % 4].format(i)) for i in range(240)]
     path = tmp_path / 'near.jsonl'
     path.write_text('\n'.join(map(json.dumps, rows)))
     options = ['plan', *model, '--gib', '24', '--data', str(path)]
