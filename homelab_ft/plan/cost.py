@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import Example, ModelError
+from ..core import DataError, Example, ModelError
 from ..config import RunConfig, sources_of
 from ..hardware.gpu_catalog import Gpu
 from .memory.estimate import MemoryEstimate
@@ -95,16 +95,20 @@ def estimate_tokens(
 def estimate_data(
     config: RunConfig,   # `data` and what its columns mean
 ) -> DataSize:
-    "The training rows of all sources, each once, tokens estimated; raises `DataError` for what a run would refuse."
+    "The training rows of a file, tokens estimated; raises `DataError` for what a run would refuse."
     from homelab_ft.data.clean import clean
     from homelab_ft.data.formats import detect_format, to_examples
     from homelab_ft.data.load import load_rows
-    from homelab_ft.data.split import split
+    from homelab_ft.data.split import apart, divide_rows, refuse_division
     train = []
     for _, own in sources_of(config):
         rows = load_rows(own.data, own.encoding, own.max_rows, own.seed)
         examples, cleaning = clean(to_examples(rows, detect_format(rows, own), own.system_prompt))
-        train += split(examples, cleaning.groups, own.eval_fraction, own.seed)[0]
+        groups = cleaning.groups if own.near_duplicates == 'together' else apart(examples)
+        has_test = bool(own.test_data)
+        try: parts = divide_rows(examples, groups, own.eval_fraction, own.seed, has_test)
+        except DataError: raise refuse_division(examples, groups, own, has_test) from None
+        train += parts['train']
     sizes = np.array([estimate_tokens(example) for example in train]).clip(1, config.max_length)
     return DataSize(*sizes.T, counted=False)
 
