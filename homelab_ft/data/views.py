@@ -255,4 +255,5 @@ def rows_page(
     look = '<style>:root { color-scheme: light dark } body { font-family: sans-serif; max-width: 60em; margin: 2em auto }</style>'
     legend = '<p>Marked: tokens with loss. Everything else is what the model sees and does not learn.</p>'
     body = ''.join(view.html() for view in views)
-    return f'<!doctype html><html lang="en"><head>{head}<title>{name}</title>{look}{ROW_STYLE}</head><body><h1>{name}</h1>{legend}{body}</body></html>\n'
+    header = f'<head>{head}<title>{name}</title>{look}{ROW_STYLE}</head>'
+    return f'<!doctype html><html lang="en">{header}<body><h1>{name}</h1>{legend}{body}</body></html>\n'
