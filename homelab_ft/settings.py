@@ -13,7 +13,7 @@ from typing import get_args
 
 import yaml
 
-from .config import (ALIASES, INSTEAD, SAME_AS, DataSettings, MethodSettings, ReportSettings, RunConfig,
+from .config import (ALIASES, INSTEAD, SAME_AS, CleaningSettings, DataSettings, MethodSettings, ReportSettings, RunConfig,
                                TrainSettings, near_settings)
 from .core import ConfigError
 from .io import write_atomic
@@ -48,6 +48,7 @@ def yaml_value(
 # %% ../nbs/08_settings.ipynb #6bf625cd
 GROUPS = {
     'Model and data': DataSettings,
+    'Cleaning': CleaningSettings,
     'Method': MethodSettings,
     'Training': TrainSettings,
     'Evaluation, costs and folders': ReportSettings,

@@ -14,7 +14,7 @@ import json, re, sys, textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..config import DataSettings, RunConfig, set_options
+from ..config import CleaningSettings, DataSettings, RunConfig, set_options
 from ..core import ConfigError, DataError, Example
 from .chat_template import Encoded, check_template, encode, load_tokenizer, show_loss_mask
 from .clean import CleaningReport, clean, is_blank
@@ -348,7 +348,8 @@ def input_fingerprint(
     paths = ('model', 'data', 'test_data', 'chat_template')     # their content counts, not their name
     settings = config.model_dump(include={*DataSettings.model_fields, 'seed'}, exclude={*paths})
     settings['layout'] = settings.pop('dataset_format')         # the fingerprints of older runs stay valid
-    for name in ('context_column', 'near_duplicates'):
+    settings |= config.model_dump(include={*CleaningSettings.model_fields})
+    for name in ('context_column', 'near_duplicates', 'group_column', *CleaningSettings.model_fields):
         if settings[name] == RunConfig.model_fields[name].default: del settings[name]
     return fingerprint({
         'form': 1,
