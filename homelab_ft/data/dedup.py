@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['no_width', 'word', 'FRAMES', 'SHINGLE_LENGTH', 'BANDS', 'NUM_PERM', 'BLOCK', 'CROWD', 'LEAST_REST', 'MOST_WORDS',
-           'BASE', 'normalise', 'words', 'shared_start', 'find_frames', 'strip_frames', 'strip_shared_lines',
-           'written_texts', 'shingles', 'jaccard', 'common_shingles', 'signatures', 'mix', 'bucket_pairs',
-           'candidate_pairs', 'rest_keys', 'connected', 'similar_pairs', 'near_duplicate_pairs',
+           'BASE', 'normalise', 'words', 'shared_start', 'find_frames', 'remove_frame', 'strip_frames',
+           'strip_shared_lines', 'written_texts', 'shingles', 'jaccard', 'common_shingles', 'signatures', 'mix',
+           'bucket_pairs', 'candidate_pairs', 'rest_keys', 'connected', 'similar_pairs', 'near_duplicate_pairs',
            'near_duplicate_groups', 'copies_of']
 
 # %% ../../nbs/data/04_dedup.ipynb #95a236c5
 import random, re, unicodedata
 from collections import Counter
+from difflib import SequenceMatcher
 from functools import lru_cache
 from itertools import chain, islice
 from os.path import commonprefix
@@ -37,7 +38,7 @@ def words(
     "The words and the signs of arithmetic, without apostrophes."
     return word.findall(text.replace("'", '').replace('’', ''))
 
-# %% ../../nbs/data/04_dedup.ipynb #e9d04811
+# %% ../../nbs/data/04_dedup.ipynb #3f67841d
 FRAMES = 8     # different beginnings that are looked for
 
 def shared_start(
@@ -66,13 +67,28 @@ def find_frames(
         sample = [text for text in sample if not text.startswith(start)]
     return frames
 
+def remove_frame(
+    text: str,       # any text
+    frame: str,      # a beginning
+) -> str:            # without it
+    "The text without a frame; an edit inside the frame, such as a word more, stays."
+    if text.startswith(frame): return text[len(frame):]
+    expected = frame.split()
+    head = re.findall(r'\s*\S+', text[:2 * len(frame)])[:len(expected) + 2]
+    if len(expected) < 3: return text
+    blocks = SequenceMatcher(None, expected, [word.strip() for word in head], autojunk=False).get_matching_blocks()
+    if sum(block.size for block in blocks) < len(expected) - 1: return text
+    rest = text[sum(map(len, head)):]
+    for block in reversed(blocks): del head[block.b:block.b + block.size]
+    return ''.join(head) + rest
+
 def strip_frames(
     texts: list,     # any texts
 ) -> list:           # the same texts without frames
     "What is left without a shared beginning and a shared end; a text that is nothing else stays."
     def without_start(texts):
         "Without the frames that fit."
-        for frame in find_frames(texts): texts = [text.removeprefix(frame) for text in texts]
+        for frame in find_frames(texts): texts = [remove_frame(text, frame) for text in texts]
         return texts
     bare = without_start(texts)
     bare = [text[::-1] for text in without_start([text[::-1] for text in bare])]

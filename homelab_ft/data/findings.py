@@ -87,7 +87,7 @@ def make_finding(
     rows = sorted({change.row for change in changes})
     return Finding(kind, action, rows, reason, changes)
 
-# %% ../../nbs/data/03_findings.ipynb #b6d677fa
+# %% ../../nbs/data/03_findings.ipynb #3e5e325a
 def visible(
     text: str,       # any text
 ) -> str:            # on one line
@@ -106,6 +106,10 @@ class CleaningReport:
     def rows(self, kind: str) -> list:
         "Row numbers of one kind of fault; empty if it was not looked for."
         return next((f.rows for f in self.findings if f.kind == kind), [])
+
+    def changes(self, kind: str) -> list:
+        "The changes of one kind of fault."
+        return next((f.changes for f in self.findings if f.kind == kind), [])
 
     def to_records(self) -> list:
         "Every change as a plain dictionary, in the order of the file: kind, row, action, reason, before, after."

@@ -18,12 +18,13 @@ from ..config import CleaningSettings, DataSettings, RunConfig, set_options
 from ..core import ConfigError, DataError, Example
 from .chat_template import Encoded, check_template, encode, load_tokenizer, show_loss_mask
 from .clean import CleaningReport, clean, is_blank
-from .dedup import normalise
+from .dedup import copies_of, normalise
 from .columns import columns_of
 from .formats import DatasetFormat, detect_format, to_examples, truth_of, what_is_learned
 from .load import error_prefix, is_missing, load_rows, source_fingerprint
 from .preference import check_objective
-from .split import apart, check_labels, divide_rows, refuse_division
+from .split import (
+    accuracy_margin, apart, check_labels, divide_rows, refuse_division, set_groups, take_group_column)
 from homelab_ft.data.tokenize import (
     TokenCache, Tokenized, check_token_ids, conversations_of, encode_text, load_cache, save_cache, select, tokenize_examples,
     tokenizer_fingerprint)
@@ -202,7 +203,7 @@ def read_preview(
         "Ask, and remember the answer."
         chosen.append(choose(readings))
         return chosen[-1]
-    dataset_format = detect_format(rows, config, choose and ask)
+    dataset_format = detect_format(take_group_column(rows, config.group_column)[0], config, choose and ask)
     if chosen: config = config.model_copy(update=chosen[0].settings)
     good = [truth_of(row.get(dataset_format.label_column)) for row in rows].count(True)
     log(first_lines(dataset_format, len(rows), config.objective, good if dataset_format.kind == 'kto' else None))
@@ -226,8 +227,10 @@ def read_source(
     config: RunConfig,                     # the settings
     tok,                                   # tokenizer
     dataset_format: DatasetFormat = None,  # of the training file; None: detected
+    spellings: dict = None,                # of labels in the training file; None: found here
 ) -> Source:
     "Clean and tokenize the rows of one file."
+    rows, values = take_group_column(rows, config.group_column)
     dataset_format = dataset_format or detect_format(rows, config)
     columns = columns_of(rows)
     missing = [c for c in dataset_format.columns if c not in columns]
@@ -240,7 +243,8 @@ def read_source(
         )
     check_objective(config, dataset_format.kind)
     if dataset_format.kind != 'text': check_template(tok)
-    examples, cleaning = clean(to_examples(rows, dataset_format, config.system_prompt))
+    examples = set_groups(to_examples(rows, dataset_format, config.system_prompt), values)
+    examples, cleaning = clean(examples, config, spellings)
     tokenized = tokenize_examples(examples, tok, config.max_length, config.overlong_rows)
     return Source(
         dataset_format=dataset_format,
@@ -259,6 +263,8 @@ class Division:
     parts: dict          # part -> `Example`s
     in_test: int         # rows that are also in the test file
     rare: int            # rows with a label that occurs once
+    near_test: int = 0   # rows that are almost the same as one in the test file
+    group_test: int = 0  # rows whose group is in the test file
 
 def divide(
     source: Source,       # the training file
@@ -266,8 +272,13 @@ def divide(
     config: RunConfig,    # the settings
 ) -> Division:
     "Leave out what may not be trained on, and split the rest."
-    in_test = {normalise(e.prompt) for e in test.examples} if test else set()
-    allowed = [e for e in source.examples if normalise(e.prompt) not in in_test]
+    tests = test.examples if test else []
+    in_test = {normalise(e.prompt) for e in tests}
+    other = [e for e in source.examples if normalise(e.prompt) not in in_test]
+    copies = copies_of(tests, other) if config.near_duplicates == 'together' else {}
+    not_alike = [e for e in other if e.row not in copies]
+    test_groups = {e.group for e in tests} - {None}
+    allowed = [e for e in not_alike if e.group not in test_groups]
     n_rows = len(source.examples)
     if not allowed:
         raise DataError(
@@ -282,7 +293,13 @@ def divide(
         copies = len(source.cleaning.rows('duplicate'))
         raise refuse_division(used, groups, config, bool(test), copies) from None
     if test: parts['test'] = test.examples
-    return Division(parts, in_test=n_rows - len(allowed), rare=len(allowed) - len(used))
+    return Division(
+        parts,
+        in_test=n_rows - len(other),
+        rare=len(allowed) - len(used),
+        near_test=len(copies),
+        group_test=len(not_alike) - len(allowed),
+    )
 
 # %% ../../nbs/data/09_prepare.ipynb #515843ec
 def select_rows(
@@ -300,8 +317,10 @@ def part_name(
     part: str,            # train, validation or test
     n: int,               # its rows
 ) -> str:
-    "The part, and what is wrong with a test of few rows."
-    return f'test (under {FEW}: too few to show a difference)' if part == 'test' and n < FEW else part
+    "The part, and how certain an accuracy on a test of so many rows is."
+    if part != 'test': return part
+    if n < FEW: return f'test (under {FEW}: too few to show a difference)'
+    return f'test (an accuracy of 80 % is certain to ± {100 * accuracy_margin(n):.0f} points)'
 
 def rows_table(
     source: Source,       # the training file
@@ -314,6 +333,8 @@ def rows_table(
     notes = {
         'dropped: judged not good, or not judged': source.n_rows - source.cleaning.rows_in,
         'dropped: also in test_data': division.in_test,
+        'dropped: almost the same in test_data': division.near_test,
+        'dropped: their group is in test_data': division.group_test,
         'dropped: a label that occurs once': division.rare,
         'in the test, with a label that training never shows': len(unknown),
     }
@@ -426,7 +447,9 @@ def build_prepared(
     source, test = read_source(preview.rows, config, tok, preview.dataset_format), None
     if config.test_data is not None:
         with error_prefix('test_data'):
-            test = read_source(load_rows(config.test_data, config.encoding), config, tok, source.dataset_format)
+            spellings = {change.before: change.after for change in source.cleaning.changes('label_spelling')}
+            rows = load_rows(config.test_data, config.encoding)
+            test = read_source(rows, config, tok, source.dataset_format, spellings or None)
     division = divide(source, test, config)
     parts, rejected = {}, {}
     for part, examples in division.parts.items():
@@ -437,6 +460,7 @@ def build_prepared(
     kind = source.dataset_format.kind
     labels = {e.label for examples in division.parts.values() for e in examples}
     report = [rows_table(source, division, parts), source.cleaning.table()]
+    if any(f.before for f in source.cleaning.findings): report.append(source.cleaning.examples_table())
     report += [source.tokenized.table(), source.dataset_format.table()]
     if kind != 'text': report.append(check_template(tok).table())
     report.append(example_table(parts['train'], tok))

@@ -99,9 +99,11 @@ def estimate_data(
     from homelab_ft.data.clean import clean
     from homelab_ft.data.formats import detect_format, to_examples
     from homelab_ft.data.load import load_rows
-    from homelab_ft.data.split import apart, divide_rows, refuse_division
+    from homelab_ft.data.split import apart, divide_rows, refuse_division, set_groups, take_group_column
     rows = load_rows(config.data, config.encoding, config.max_rows, config.seed)
-    examples, cleaning = clean(to_examples(rows, detect_format(rows, config), config.system_prompt))
+    rows, values = take_group_column(rows, config.group_column)
+    examples = set_groups(to_examples(rows, detect_format(rows, config), config.system_prompt), values)
+    examples, cleaning = clean(examples, config)
     groups = cleaning.groups if config.near_duplicates == 'together' else apart(examples)
     has_test = bool(config.test_data)
     try: parts = divide_rows(examples, groups, config.eval_fraction, config.seed, has_test)
