@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['PARTS', 'WIDTH', 'FEW', 'Prepared', 'wrap', 'shorten', 'shorten_parts', 'first_lines', 'first_example',
            'show_example', 'ask_reading', 'person_to_ask', 'Preview', 'check_paths', 'read_preview', 'Source',
-           'read_source', 'Division', 'divide', 'select_rows', 'part_name', 'rows_table', 'example_table',
-           'input_fingerprint', 'save_prepared', 'read_manifest', 'load_prepared', 'build_prepared',
-           'describe_prepared', 'prepare']
+           'read_source', 'select_rows', 'part_name', 'rows_table', 'example_table', 'input_fingerprint',
+           'save_prepared', 'read_manifest', 'load_prepared', 'build_prepared', 'describe_prepared', 'prepare']
 
 # %% ../../nbs/data/09_prepare.ipynb #3f1dc7a8
 import json, re, sys, textwrap
@@ -18,13 +17,11 @@ from ..config import CleaningSettings, DataSettings, RunConfig, set_options
 from ..core import ConfigError, DataError, Example
 from .chat_template import Encoded, check_template, encode, load_tokenizer, show_loss_mask
 from .clean import CleaningReport, clean, is_blank
-from .dedup import copies_of, normalise
 from .columns import columns_of
 from .formats import DatasetFormat, detect_format, to_examples, truth_of, what_is_learned
 from .load import error_prefix, is_missing, load_rows, source_fingerprint
 from .preference import check_objective
-from .split import (
-    accuracy_margin, apart, check_labels, divide_rows, refuse_division, set_groups, take_group_column)
+from .split import Division, accuracy_margin, divide, set_groups, take_group_column
 from homelab_ft.data.tokenize import (
     TokenCache, Tokenized, check_token_ids, conversations_of, encode_text, load_cache, save_cache, select, tokenize_examples,
     tokenizer_fingerprint)
@@ -254,51 +251,6 @@ def read_source(
         n_rows=len(rows),
         cleaning=cleaning,
         missing={c: n for c in dataset_format.columns if (n := sum(is_missing(v := row.get(c)) or v == '' for row in rows))},
-    )
-
-# %% ../../nbs/data/09_prepare.ipynb #17e3b1d9
-@dataclass
-class Division:
-    "Examples by part, and how many rows of the training file are in none."
-    parts: dict          # part -> `Example`s
-    in_test: int         # rows that are also in the test file
-    rare: int            # rows with a label that occurs once
-    near_test: int = 0   # rows that are almost the same as one in the test file
-    group_test: int = 0  # rows whose group is in the test file
-
-def divide(
-    source: Source,       # the training file
-    test: Source,         # the test file, or None
-    config: RunConfig,    # the settings
-) -> Division:
-    "Leave out what may not be trained on, and split the rest."
-    tests = test.examples if test else []
-    in_test = {normalise(e.prompt) for e in tests}
-    other = [e for e in source.examples if normalise(e.prompt) not in in_test]
-    copies = copies_of(tests, other) if config.near_duplicates == 'together' else {}
-    not_alike = [e for e in other if e.row not in copies]
-    test_groups = {e.group for e in tests} - {None}
-    allowed = [e for e in not_alike if e.group not in test_groups]
-    n_rows = len(source.examples)
-    if not allowed:
-        raise DataError(
-            'every row of data is also in test_data',
-            value=f'{n_rows} rows',
-            next_step='give another test_data',
-        )
-    used = check_labels(allowed, config.rare_labels)
-    groups = source.groups if config.near_duplicates == 'together' else apart(used)
-    try: parts = divide_rows(used, groups, config.eval_fraction, config.seed, bool(test))
-    except DataError:
-        copies = len(source.cleaning.rows('duplicate'))
-        raise refuse_division(used, groups, config, bool(test), copies) from None
-    if test: parts['test'] = test.examples
-    return Division(
-        parts,
-        in_test=n_rows - len(other),
-        rare=len(allowed) - len(used),
-        near_test=len(copies),
-        group_test=len(not_alike) - len(allowed),
     )
 
 # %% ../../nbs/data/09_prepare.ipynb #515843ec

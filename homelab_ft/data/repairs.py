@@ -9,29 +9,30 @@ __all__ = ['entity', 'code_line', 'markdown_mark', 'BLOCK_TAGS', 'INLINE_TAGS', 
            'looks_like_markdown', 'outside_layout', 'unescape_entities', 'strip_html', 'is_about_code', 'strip_scripts',
            'remove_invisible', 'latin_word', 'fix_homoglyphs']
 
-# %% ../../nbs/data/03_repairs.ipynb #1eb23595
+# %% ../../nbs/data/03_repairs.ipynb #1e70130d
 import html, re
-from functools import partial
 from html.entities import html5
 
 from ..core import Example
 
-# %% ../../nbs/data/03_repairs.ipynb #744f66a3
+# %% ../../nbs/data/03_repairs.ipynb #6b59faef
 def fix_mojibake(
     text: str,       # any text
 ) -> str:            # the same text if nothing was wrong
-    "Undo text that was decoded with the wrong encoding."
+    "Undo text that was decoded with the wrong encoding; what stands between backticks is quoted and stays."
     if text.isascii(): return text
     import ftfy
-    return ftfy.fix_encoding(text)
+    if '`' not in text: return ftfy.fix_encoding(text)
+    pieces = re.split(r'(```.*?```|`[^`\n]+`)', text, flags=re.S)
+    return ''.join(piece if piece.startswith('`') else ftfy.fix_encoding(piece) for piece in pieces)
 
-# %% ../../nbs/data/03_repairs.ipynb #3bff6712
+# %% ../../nbs/data/03_repairs.ipynb #4ffa7018
 entity = re.compile(r'&(#\d{1,6}|#[xX][0-9a-fA-F]{1,5}|[A-Za-z][A-Za-z0-9]{1,30});')
 code_line = re.compile(
     r'^\s*(?:import \w[\w.]*(?: as \w+)?$|from [\w.]+ import |(?:async )?def \w+\(.*|class \w+[(:].*|@\w+'
     r'|#include\b|#!/|(?:public|private|static|const|let|var|func|fn) \w+.*[({;=]'
     r'|(?:if|for|while|elif|with|try|else|except)\b.*:$|function\b.*[({]|return\b.*[;)(\]]|[\w.\[\]]+ = \S'
-    r'|(?:SELECT|INSERT|UPDATE|DELETE|CREATE) .*|.*[{}]$|.*[)\]"\'\d];$|\w+;$|>>> )', re.M)
+    r'|(?:SELECT|INSERT|UPDATE|DELETE|CREATE) .*|.*[{}]$|.*[)\]"\'\d];$|\w+;$|>>> |print ?[("\'])', re.M)
 markdown_mark = re.compile(
     r'^ {0,3}(?:```|~~~|#{1,6} \S)|\[[^\]\n]*\]\([^)\n]*\)|^ *\|?(?: *:?-{3,}:? *\|)+[ :|-]*$|\*\*\S[^*\n]*\*\*|^ {0,3}> ', re.M)
 
@@ -136,7 +137,7 @@ def is_about_code(
         if page.search(text) or code_word.search(outside_tags): return True
     return False
 
-# %% ../../nbs/data/03_repairs.ipynb #71dcf6c2
+# %% ../../nbs/data/03_repairs.ipynb #12906347
 script_block = re.compile(r'<(script|style)\b[^<>]*>.*?</\1\s*>|<!--.*?-->', re.I | re.S)
 
 def strip_scripts(
@@ -144,7 +145,8 @@ def strip_scripts(
 ) -> str:            # the same text if there are none
     "Text without script and style blocks and comments of a web page; fenced code stays."
     if '<' not in text or '```' in text: return text
-    return script_block.sub('', text)
+    rest = script_block.sub('', text)
+    return text if looks_like_code(rest) else rest
 
 # %% ../../nbs/data/03_repairs.ipynb #3d0c5253
 right_to_left = re.compile('[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]')

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['check_labels', 'join_groups', 'take_group_column', 'set_groups', 'groups_by_label', 'draw_groups', 'split',
-           'split_half', 'accuracy_margin', 'divide_rows', 'apart', 'remedies', 'refuse_division']
+           'split_half', 'accuracy_margin', 'divide_rows', 'apart', 'remedies', 'refuse_division', 'Division', 'divide']
 
 # %% ../../nbs/data/05_split.ipynb #1738415f
 import random
 from collections import Counter
+from dataclasses import dataclass
 
 from fastcore.basics import groupby
 
 from ..config import set_options
 from ..core import DataError
-from .dedup import connected, normalise
+from .dedup import connected, copies_of, normalise
 
 # %% ../../nbs/data/05_split.ipynb #78b779ae
 def check_labels(
@@ -226,3 +227,48 @@ def refuse_division(
     step = f'add rows with other questions: {needed} different ones are the least, some hundred a good beginning'
     if options: step = '\n'.join(['add one of these, or better, more rows', *(f'    {option}' for option in options)])
     return DataError(f'no example can be held out: {why}', ', '.join(seen), f'{needed} different questions', step)
+
+# %% ../../nbs/data/05_split.ipynb #58c6dd60
+@dataclass
+class Division:
+    "Examples by part, and how many rows of the training file are in none."
+    parts: dict          # part -> `Example`s
+    in_test: int         # rows that are also in the test file
+    rare: int            # rows with a label that occurs once
+    near_test: int = 0   # rows that are almost the same as one in the test file
+    group_test: int = 0  # rows whose group is in the test file
+
+def divide(
+    source,               # the training file as a `Source` of [prepare](09_prepare.ipynb)
+    test,                 # the test file, or None
+    config,               # the settings
+) -> Division:
+    "Leave out what may not be trained on, and split the rest."
+    tests = test.examples if test else []
+    in_test = {normalise(e.prompt) for e in tests}
+    other = [e for e in source.examples if normalise(e.prompt) not in in_test]
+    copies = copies_of(tests, other) if config.near_duplicates == 'together' else {}
+    not_alike = [e for e in other if e.row not in copies]
+    test_groups = {e.group for e in tests} - {None}
+    allowed = [e for e in not_alike if e.group not in test_groups]
+    n_rows = len(source.examples)
+    if not allowed:
+        raise DataError(
+            'every row of data is also in test_data',
+            value=f'{n_rows} rows',
+            next_step='give another test_data',
+        )
+    used = check_labels(allowed, config.rare_labels)
+    groups = source.groups if config.near_duplicates == 'together' else apart(used)
+    try: parts = divide_rows(used, groups, config.eval_fraction, config.seed, bool(test))
+    except DataError:
+        copies = len(source.cleaning.rows('duplicate'))
+        raise refuse_division(used, groups, config, bool(test), copies) from None
+    if test: parts['test'] = test.examples
+    return Division(
+        parts,
+        in_test=n_rows - len(other),
+        rare=len(allowed) - len(used),
+        near_test=len(copies),
+        group_test=len(not_alike) - len(allowed),
+    )
