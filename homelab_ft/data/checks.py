@@ -20,13 +20,17 @@ from .dedup import jaccard, normalise, shingles, words, written_texts
 from .findings import Change, excerpt, make_finding
 from .repairs import looks_like_code
 
-# %% ../../nbs/data/03_checks.ipynb #0ea98f62
+# %% ../../nbs/data/03_checks.ipynb #ee52b8a7
 def texts_of(
     example,         # an `Example`
     roles=('user', 'text', 'assistant'),   # whose messages
 ) -> list:
     "The texts of some messages, and of a rejected answer."
-    texts = [m['content'] for m in example.messages if m['role'] in roles and isinstance(m.get('content'), str)]
+    texts = [
+        m['content']
+        for m in example.messages
+        if m['role'] in roles and isinstance(m.get('content'), str)
+    ]
     if example.rejected is not None and 'assistant' in roles: texts.append(example.rejected)
     return texts
 
@@ -45,7 +49,8 @@ def place_change(
     "The first place where a pattern matches."
     for text in texts_of(example):
         found = pattern.search(text)
-        if found: return Change(kind, example.row, 'reported', reason, excerpt(text, *found.span()))
+        if found:
+            return Change(kind, example.row, 'reported', reason, excerpt(text, *found.span()))
     return None
 
 # %% ../../nbs/data/03_checks.ipynb #cf3012f4
@@ -58,7 +63,7 @@ def broken_characters(
     found = (place_change('broken_characters', e, lost, 'a character was lost (U+FFFD)') for e in examples)
     return [change for change in found if change]
 
-# %% ../../nbs/data/03_checks.ipynb #c47dc85b
+# %% ../../nbs/data/03_checks.ipynb #6813f1a8
 RARE = 20      # a typing error is at most one in so many
 
 def label_spellings(
@@ -77,7 +82,8 @@ def one_letter_apart(
     b: str,          # another
 ) -> bool:
     "True if one inserted, missing, changed or swapped letter makes the labels equal."
-    if abs(len(a) - len(b)) > 1 or min(len(a), len(b)) < 4: return False
+    if abs(len(a) - len(b)) > 1 or min(len(a), len(b)) < 4:
+        return False
     start = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
     rest_a, rest_b = a[start:], b[start:]
     end = next((i for i, (x, y) in enumerate(zip(rest_a[::-1], rest_b[::-1])) if x != y), min(len(rest_a), len(rest_b)))
@@ -90,16 +96,24 @@ def label_typos(
     examples: list,  # `Example`s
 ) -> list:           # of `Change`
     "Rows whose label is rare and one letter away from a frequent one."
-    counts = Counter(normalise(e.label) for e in examples if e.label is not None)
+    counts = Counter(
+        normalise(e.label)
+        for e in examples
+        if e.label is not None
+    )
     if len(counts) > 2000: return []                       # these are answers rather than classes
     meant = {}
     for rare, n in counts.items():
-        frequent = [label for label, m in counts.items() if m >= RARE * n and one_letter_apart(rare, label)]
+        frequent = [
+            label
+            for label, m in counts.items()
+            if m >= RARE * n and one_letter_apart(rare, label)
+        ]
         if frequent: meant[rare] = max(frequent, key=counts.get)
     return [Change('label_typo', e.row, 'reported', 'one letter away from a frequent label', e.label, meant[normalise(e.label)])
             for e in examples if e.label is not None and normalise(e.label) in meant]
 
-# %% ../../nbs/data/03_checks.ipynb #6bb890f5
+# %% ../../nbs/data/03_checks.ipynb #50d06674
 MISSING = {'n/a', '#n/a', 'nan', '<na>', 'null', '-', '--', '---', '?', '??', '...', '…', '.', '[]', '{}', '""', "''", 'undefined'}
 NOTHING = MISSING | {'na', 'n.a.', 'none', 'nil', 'tbd', 'tba', 'todo', 'xxx', 'test', 'unknown', 'not applicable', 'not available',
                      'no answer', 'no response', 'see above', 'same as above', 'lorem ipsum', 'placeholder', 'asdf'}
@@ -112,12 +126,20 @@ def empty_answers(
     for e in examples:
         if e.messages[0]['role'] == 'text': continue
         nothing = MISSING if e.label is not None else NOTHING
-        texts = {text: normalise(text) for text in texts_of(e, ('assistant',))}
-        answers = [text for text, plain in texts.items() if {plain, plain.strip('"\''), plain.rstrip('.!')} & nothing]
-        if answers: changes.append(Change('empty_answer', e.row, 'reported', 'the answer says nothing', answers[0]))
+        texts = {
+            text: normalise(text)
+            for text in texts_of(e, ('assistant',))
+        }
+        answers = [
+            text
+            for text, plain in texts.items()
+            if {plain, plain.strip('"\''), plain.rstrip('.!')} & nothing
+        ]
+        if answers:
+            changes.append(Change('empty_answer', e.row, 'reported', 'the answer says nothing', answers[0]))
     return changes
 
-# %% ../../nbs/data/03_checks.ipynb #93251132
+# %% ../../nbs/data/03_checks.ipynb #b1b891dc
 ALPHABET, FEWEST_TEXTS, FEWEST_LETTERS = 1024, 100, 12
 again_and_again = re.compile(r'([^\W\d_])\1{14}')
 
@@ -134,7 +156,10 @@ def usual_letters(
 ) -> np.ndarray:         # one number for each text: mean log-likelihood of a letter after the one before
     "How likely the letters of each text are in the language of all."
     counts = np.ones(ALPHABET * ALPHABET, np.float32)
-    blocks = [texts[i:i + 5000] for i in range(0, len(texts), 5000)]
+    blocks = [
+        texts[i:i + 5000]
+        for i in range(0, len(texts), 5000)
+    ]
     for block in blocks:
         counts += np.bincount(np.concatenate([letter_pairs(text) for text in block]), minlength=len(counts))
     counts = counts.reshape(ALPHABET, ALPHABET)
@@ -156,8 +181,13 @@ def gibberish(
     prompts = written_texts(examples)
     for texts in (prompts, ['\n'.join(answers_of(e)) for e in examples]):
         for e, text in zip(examples, texts):
-            if repeats_itself(text): named.setdefault(e.row, (excerpt(text), 'repeats itself'))
-        long = [i for i, text in enumerate(texts) if sum(map(str.isalpha, text[:200])) >= FEWEST_LETTERS]
+            if repeats_itself(text):
+                named.setdefault(e.row, (excerpt(text), 'repeats itself'))
+        long = [
+            i
+            for i, text in enumerate(texts)
+            if sum(map(str.isalpha, text[:200])) >= FEWEST_LETTERS
+        ]
         if len(long) < FEWEST_TEXTS: continue
         scores = usual_letters([texts[i] for i in long])
         middle = np.median(scores)
@@ -165,7 +195,10 @@ def gibberish(
         for i, score in zip(long, scores):
             if score < limit and not looks_like_code(texts[i]):
                 named.setdefault(examples[i].row, (excerpt(texts[i]), 'letters in an unusual order'))
-    return [Change('gibberish', row, 'reported', reason, text) for row, (text, reason) in named.items()]
+    return [
+        Change('gibberish', row, 'reported', reason, text)
+        for row, (text, reason) in named.items()
+    ]
 
 # %% ../../nbs/data/03_checks.ipynb #e4ea7d96
 ODD = 10     # times the median
@@ -186,7 +219,7 @@ def odd_lengths(
             changes.append(Change(kind, examples[i].row, 'reported', reason, excerpt(texts[i])))
     return changes
 
-# %% ../../nbs/data/03_checks.ipynb #6bb4c6cd
+# %% ../../nbs/data/03_checks.ipynb #d09e4220
 SHORTEST, SURE, MOST = 40, 0.8, 0.8     # characters; certainty of the model; share of the file
 
 def script_of(
@@ -216,7 +249,11 @@ def other_languages(
     detect, how = language_detector()
     named = {}
     for texts in (written_texts(examples), ['\n'.join(answers_of(e)) for e in examples]):
-        long = [i for i, text in enumerate(texts) if len(text) >= SHORTEST and not looks_like_code(text)]
+        long = [
+            i
+            for i, text in enumerate(texts)
+            if len(text) >= SHORTEST and not looks_like_code(text)
+        ]
         found = {i: detect(texts[i]) for i in long}
         counts = Counter(language for language, _ in found.values())
         if not counts: continue
@@ -225,9 +262,12 @@ def other_languages(
         for i, (language, sure) in found.items():
             if language == most or sure < SURE or not language: continue
             named.setdefault(examples[i].row, (f'{language}, most rows are {most} ({how})', excerpt(texts[i])))
-    return [Change('language', row, 'reported', reason, text) for row, (reason, text) in named.items()]
+    return [
+        Change('language', row, 'reported', reason, text)
+        for row, (reason, text) in named.items()
+    ]
 
-# %% ../../nbs/data/03_checks.ipynb #7bfe002b
+# %% ../../nbs/data/03_checks.ipynb #f24297ad
 PASSAGE, FEWEST_ROWS = 12, 5     # words; rows
 
 def passage_keys(
@@ -241,12 +281,14 @@ def passage_keys(
         flat.append(np.array([ids.setdefault(w, len(ids) + 1) for w in found], np.uint64))
         owners.append(np.full(len(found), i, np.int32))
         places.append(np.arange(len(found), dtype=np.int32))
-    if not flat: return np.empty(0, np.uint64), np.empty(0, np.int32), np.empty(0, np.int32)
+    if not flat:
+        return np.empty(0, np.uint64), np.empty(0, np.int32), np.empty(0, np.int32)
     flat, owners, places = map(np.concatenate, (flat, owners, places))
     factors = np.random.default_rng(0).integers(1, 2**63, PASSAGE, dtype=np.uint64) | np.uint64(1)
     n = len(flat) - PASSAGE + 1
     keys = np.zeros(n, np.uint64)
-    for k, factor in enumerate(factors): keys += flat[k:k + n] * factor
+    for k, factor in enumerate(factors):
+        keys += flat[k:k + n] * factor
     is_one = owners[:n] == owners[PASSAGE - 1:]
     return keys[is_one], owners[:n][is_one], places[:n][is_one]
 
@@ -255,7 +297,10 @@ def repeated_passages(
     groups: dict,        # row -> near-duplicate group
 ) -> list:               # of `Change`; `after` is the passage
     "Rows with a passage of twelve words or more that many rows have."
-    texts = written_texts(examples) + ['\n'.join(answers_of(e)) for e in examples]
+    texts = written_texts(examples) + [
+        '\n'.join(answers_of(e))
+        for e in examples
+    ]
     n = len(examples)
     least = max(FEWEST_ROWS, n // 1000)
     keys, owners, places = passage_keys(texts)
@@ -272,7 +317,8 @@ def repeated_passages(
     first = {}                                     # row -> its first passage: (how many have it, text, place)
     for i in np.flatnonzero(is_many):
         found = first.get(owners[i])
-        if found is None or places[i] < found[1]: first[owners[i]] = (sizes[run[i]], places[i])
+        if found is None or places[i] < found[1]:
+            first[owners[i]] = (sizes[run[i]], places[i])
     changes = {}
     for owner, (count, place) in sorted(first.items()):
         passage = ' '.join(texts[owner].split()[place:place + PASSAGE])
@@ -280,7 +326,7 @@ def repeated_passages(
         changes.setdefault(row, Change('boilerplate', row, 'reported', f'{count:,} rows have this passage', passage))
     return list(changes.values())
 
-# %% ../../nbs/data/03_checks.ipynb #19f48b4b
+# %% ../../nbs/data/03_checks.ipynb #984338e3
 ALMOST = 0.9     # Jaccard index
 
 def near_conflicts(
@@ -292,14 +338,16 @@ def near_conflicts(
     def written(example): return normalise('\n'.join(texts_of(example, ('user',))))
     for i, j in pairs:
         a, b = examples[i], examples[j]
-        if a.label is None or b.label is None or normalise(a.label) == normalise(b.label): continue
-        if words(one := written(a)) != words(other := written(b)) and jaccard(shingles(one), shingles(other)) < ALMOST: continue
+        if a.label is None or b.label is None or normalise(a.label) == normalise(b.label):
+            continue
+        if words(one := written(a)) != words(other := written(b)) and jaccard(shingles(one), shingles(other)) < ALMOST:
+            continue
         for one, other in ((a, b), (b, a)):
             reason = f'{one.label}; row {other.row} says almost the same and has {other.label}'
             named.setdefault(one.row, Change('near_conflict', one.row, 'reported', reason, excerpt(texts_of(one, ('user',))[0])))
     return list(named.values())
 
-# %% ../../nbs/data/03_checks.ipynb #d2a83fd5
+# %% ../../nbs/data/03_checks.ipynb #f25105db
 def perplexity_outliers(
     nll,                     # mean negative log-likelihood per token of every row, in nats
     rows: list,              # their row numbers
@@ -315,6 +363,9 @@ def perplexity_outliers(
         ('perplexity_low', nll < np.log(lowest), f'below {lowest:g}: known by heart, or it repeats itself'),
         ('perplexity_high', nll > highest, f'above {np.exp(highest):,.0f}: unlike the other rows'),
     ):
-        changes = [Change(kind, rows[i], 'reported', f'perplexity {np.exp(nll[i]):,.1f}, {why}') for i in np.flatnonzero(is_odd)]
+        changes = [
+            Change(kind, rows[i], 'reported', f'perplexity {np.exp(nll[i]):,.1f}, {why}')
+            for i in np.flatnonzero(is_odd)
+        ]
         findings.append(make_finding(changes, kind, 'reported', why))
     return findings

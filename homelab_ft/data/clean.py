@@ -73,7 +73,7 @@ REPAIRS = [
     Repair('secret', 'clean_secrets', 'masked', 'a key or a password', partial(mask_private, kinds=tuple(SECRETS))),
 ]
 
-# %% ../../nbs/data/03_clean.ipynb #1f8886df
+# %% ../../nbs/data/03_clean.ipynb #3ff65cba
 def show_change(
     repair: Repair,      # what was done
     old: Example,        # before
@@ -82,7 +82,11 @@ def show_change(
 ) -> Change:
     "The first text of an example that a repair changed."
     texts = [(a.get('content'), b.get('content')) for a, b in zip(old.messages, new.messages)] + [(old.rejected, new.rejected)]
-    before, after = next((a, b) for a, b in texts if a != b)
+    before, after = next(
+        (a, b)
+        for a, b in texts
+        if a != b
+    )
     reason = repair.reason
     if repair.kind in ('personal_data', 'secret'):
         kinds = PERSONAL if repair.kind == 'personal_data' else SECRETS
@@ -103,10 +107,17 @@ def run_repair(
         new = repair_example(old, repair.change, where)
         if new is not old and repair.kind == 'html' and is_about_code(old): new = old
         kept = new if is_asked else old
-        if new is not old and is_asked and repair.spares_code: kept = repair_example(old, repair.in_prose, where)
-        if new is not old: changes.append(show_change(repair, old, new, 'reported' if kept is old else 'changed'))
+        if new is not old and is_asked and repair.spares_code:
+            kept = repair_example(old, repair.in_prose, where)
+        if new is not old:
+            changes.append(show_change(repair, old, new, 'reported' if kept is old else 'changed'))
         result.append(kept)
-    return result, make_finding(changes, repair.kind, repair.action if is_asked else 'reported', repair.reason)
+    return result, make_finding(
+        changes,
+        repair.kind,
+        repair.action if is_asked else 'reported',
+        repair.reason,
+    )
 
 # %% ../../nbs/data/03_clean.ipynb #d3904c81
 def is_blank(
@@ -116,7 +127,11 @@ def is_blank(
     if not example.answer.strip(): return True
     if example.rejected is not None and not example.rejected.strip(): return True
     if example.messages[0]['role'] == 'text': return False
-    prompt = [m['content'] for m in example.messages[:-1] if m['role'] != 'system']
+    prompt = [
+        m['content']
+        for m in example.messages[:-1]
+        if m['role'] != 'system'
+    ]
     return not ''.join(prompt).strip()
 
 # %% ../../nbs/data/03_clean.ipynb #f0a546f6
@@ -131,7 +146,11 @@ def conflicting_labels(
         names = [normalise(e.label) for e in copies]
         label, count = Counter(names).most_common(1)[0]
         has_majority = 2 * count > len(copies)
-        dropped += [e for e, name in zip(copies, names) if not (has_majority and name == label)]
+        dropped += [
+            e
+            for e, name in zip(copies, names)
+            if not (has_majority and name == label)
+        ]
     return dropped
 
 # %% ../../nbs/data/03_clean.ipynb #f40d1b5d
@@ -141,16 +160,27 @@ def repeated_examples(
     "Later copies of the same conversation."
     def content(example):
         "What makes two examples the same."
-        turns = [(m['role'], normalise(m['content'])) for m in example.messages]
+        turns = [
+            (m['role'], normalise(m['content']))
+            for m in example.messages
+        ]
         return (*turns, normalise(example.rejected or ''))
-    return [e for copies in groupby(examples, content).values() for e in copies[1:]]
+    return [
+        e
+        for copies in groupby(examples, content).values()
+        for e in copies[1:]
+    ]
 
 # %% ../../nbs/data/03_clean.ipynb #c47b61b6
 def equal_answers(
     examples: list,  # preference `Example`s
 ) -> list:           # those to drop
     "Examples whose better and worse answer are the same text."
-    return [e for e in examples if e.rejected is not None and e.answer.strip() == e.rejected.strip()]
+    return [
+        e
+        for e in examples
+        if e.rejected is not None and e.answer.strip() == e.rejected.strip()
+    ]
 
 def opposite_judgements(
     examples: list,  # preference `Example`s
@@ -160,8 +190,15 @@ def opposite_judgements(
         "What must not be the same for two rows."
         return normalise(prompt), better.strip(), worse.strip()
     pairs = [e for e in examples if e.rejected is not None]
-    judged = {judgement(e.prompt, e.answer, e.rejected) for e in pairs}
-    return [e for e in pairs if judgement(e.prompt, e.rejected, e.answer) in judged]
+    judged = {
+        judgement(e.prompt, e.answer, e.rejected)
+        for e in pairs
+    }
+    return [
+        e
+        for e in pairs
+        if judgement(e.prompt, e.rejected, e.answer) in judged
+    ]
 
 # %% ../../nbs/data/03_clean.ipynb #8cb0c9f3
 def blank_rows(
@@ -199,7 +236,7 @@ def show_row(
     prompt = '' if len(example.messages) == 1 else excerpt(hide_private(example.prompt)) + ' → '
     return prompt + excerpt(hide_private(example.answer))
 
-# %% ../../nbs/data/03_clean.ipynb #523f73d4
+# %% ../../nbs/data/03_clean.ipynb #cd19210a
 def unify_labels(
     examples: list,      # `Example`s
     settings: CleaningSettings,    # which steps are on
@@ -213,7 +250,11 @@ def unify_labels(
         if best is None: result.append(e); continue
         action, reason = 'changed' if is_asked else 'reported', 'the same label in another spelling'
         changes.append(Change('label_spelling', e.row, action, reason, e.label, best))
-        same = replace(e, label=best, messages=[*e.messages[:-1], e.messages[-1] | dict(content=best)])
+        same = replace(
+            e,
+            label=best,
+            messages=[*e.messages[:-1], e.messages[-1] | dict(content=best)],
+        )
         result.append(same if is_asked else e)
     return result, make_finding(changes, 'label_spelling', 'most frequent spelling' if is_asked else 'reported', 'case or spaces')
 
@@ -272,8 +313,16 @@ def clean(
         examples, finding = run_repair(repair, examples, settings)
         report.findings.append(finding)
     if settings.clean_html != 'off' and settings.html_in == 'prompts':
-        html = replace(next(r for r in REPAIRS if r.kind == 'html'), kind='html', setting='clean_html')
-        _, finding = run_repair(html, examples, settings.model_copy(update=dict(clean_html='report', html_in='answers')))
+        html = replace(
+            next(r for r in REPAIRS if r.kind == 'html'),
+            kind='html',
+            setting='clean_html',
+        )
+        _, finding = run_repair(
+            html,
+            examples,
+            settings.model_copy(update=dict(clean_html='report', html_in='answers')),
+        )
         for change in finding.changes: change.kind = 'html_in_answers'
         report.findings.append(replace(finding, kind='html_in_answers', action='left as it is; html_in=both repairs'))
     if settings.clean_labels != 'off' and any(e.label is not None for e in examples):
@@ -283,7 +332,10 @@ def clean(
     for kind, setting, action, find in DROPS:
         mode = getattr(settings, setting)
         if mode == 'off' or (setting == 'clean_preferences' and not has_pairs): continue
-        changes = [Change(kind, e.row, 'reported', REASONS[kind], show_row(e)) for e in find(examples)]
+        changes = [
+            Change(kind, e.row, 'reported', REASONS[kind], show_row(e))
+            for e in find(examples)
+        ]
         examples = drop_rows(examples, changes, mode)
         report.findings.append(make_finding(changes, kind, action if mode == 'drop' else 'reported', REASONS[kind]))
     pairs = near_duplicate_pairs(written_texts(examples))

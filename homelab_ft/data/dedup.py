@@ -26,7 +26,8 @@ def normalise(
     text: str,       # any text
 ) -> str:            # empty for blank text
     "The text without differences of looks: NFKC, no capitals, single spaces, nothing without width."
-    if not text.isascii(): text = no_width.sub('', unicodedata.normalize('NFKC', text))
+    if not text.isascii():
+        text = no_width.sub('', unicodedata.normalize('NFKC', text))
     return ' '.join(text.casefold().split())
 
 # %% ../../nbs/data/04_dedup.ipynb #ca0353ec
@@ -38,7 +39,7 @@ def words(
     "The words and the signs of arithmetic, without apostrophes."
     return word.findall(text.replace("'", '').replace('’', ''))
 
-# %% ../../nbs/data/04_dedup.ipynb #3f67841d
+# %% ../../nbs/data/04_dedup.ipynb #85eb8b42
 FRAMES = 8     # different beginnings that are looked for
 
 def shared_start(
@@ -47,7 +48,11 @@ def shared_start(
 ) -> str:            # whole words; empty if there is none
     "The longest beginning that so many texts have."
     pairs = zip(texts, texts[n_sharing - 1:])
-    longest = max((commonprefix(pair) for pair in pairs), key=len, default='')
+    longest = max(
+        (commonprefix(pair) for pair in pairs),
+        key=len,
+        default='',
+    )
     return longest[:max((i + 1 for i, c in enumerate(longest) if c.isspace()), default=0)]
 
 def find_frames(
@@ -79,7 +84,8 @@ def remove_frame(
     blocks = SequenceMatcher(None, expected, [word.strip() for word in head], autojunk=False).get_matching_blocks()
     if sum(block.size for block in blocks) < len(expected) - 1: return text
     rest = text[sum(map(len, head)):]
-    for block in reversed(blocks): del head[block.b:block.b + block.size]
+    for block in reversed(blocks):
+        del head[block.b:block.b + block.size]
     return ''.join(head) + rest
 
 def strip_frames(
@@ -88,13 +94,20 @@ def strip_frames(
     "What is left without a shared beginning and a shared end; a text that is nothing else stays."
     def without_start(texts):
         "Without the frames that fit."
-        for frame in find_frames(texts): texts = [remove_frame(text, frame) for text in texts]
+        for frame in find_frames(texts):
+            texts = [remove_frame(text, frame) for text in texts]
         return texts
     bare = without_start(texts)
-    bare = [text[::-1] for text in without_start([text[::-1] for text in bare])]
-    return [short if short.strip() else text for text, short in zip(texts, bare)]
+    bare = [
+        text[::-1]
+        for text in without_start([text[::-1] for text in bare])
+    ]
+    return [
+        short if short.strip() else text
+        for text, short in zip(texts, bare)
+    ]
 
-# %% ../../nbs/data/04_dedup.ipynb #5782d77e
+# %% ../../nbs/data/04_dedup.ipynb #23f7990f
 def strip_shared_lines(
     texts: list,     # any texts
 ) -> list:           # the same texts without long lines that several have
@@ -103,12 +116,17 @@ def strip_shared_lines(
     for text in set(texts):
         if '\n' not in text: continue
         for line in set(text.split('\n')):
-            if len(line) > 40 and len(line.split()) >= 12: lines[line] = lines.get(line, 0) + 1
+            if len(line) > 40 and len(line.split()) >= 12:
+                lines[line] = lines.get(line, 0) + 1
     shared = {line for line, n in lines.items() if n >= 3}
     def rest(text):
         "The other lines; everything if there is nothing else."
         if not shared or '\n' not in text: return text
-        others = '\n'.join(line for line in text.split('\n') if line not in shared)
+        others = '\n'.join(
+            line
+            for line in text.split('\n')
+            if line not in shared
+        )
         return others if others.strip() else text
     return [rest(text) for text in texts]
 
@@ -118,7 +136,11 @@ def written_texts(
     "What a person wrote in each example: the user's messages without the frame that all have."
     def written(example):
         "The user's messages, or plain text."
-        texts = [m.get('content') for m in example.messages if m['role'] in ('user', 'text')]
+        texts = [
+            m.get('content')
+            for m in example.messages
+            if m['role'] in ('user', 'text')
+        ]
         return '\n'.join(text for text in texts if isinstance(text, str)) or example.prompt
     return strip_shared_lines(strip_frames([written(example) for example in examples]))
 
@@ -150,7 +172,11 @@ def common_shingles(
     if len(texts) < 20: return set()
     sample = random.Random(0).sample(texts, min(1000, len(texts)))
     counts = Counter(chain.from_iterable(map(shingles, sample)))
-    return {shingle for shingle, n in counts.items() if 2 * n > len(sample)}
+    return {
+        shingle
+        for shingle, n in counts.items()
+        if 2 * n > len(sample)
+    }
 
 # %% ../../nbs/data/04_dedup.ipynb #d91fc6ac
 BANDS = 25
@@ -203,7 +229,8 @@ def bucket_pairs(
         fits = is_small & (others >= start_of) & (others < np.arange(len(keys)))
         i = np.flatnonzero(fits)
         a, b = owners[others[i]], owners[i]
-        if n_references: a, b = a[ok := (a < n_references) & (b >= n_references)], b[ok]
+        if n_references:
+            a, b = a[ok := (a < n_references) & (b >= n_references)], b[ok]
         found.append(np.stack([a, b], axis=1).astype(np.int64))
     return np.concatenate(found)
 
@@ -218,7 +245,7 @@ def candidate_pairs(
         pairs.update(map(tuple, found.tolist()))
     return sorted(pairs)
 
-# %% ../../nbs/data/04_dedup.ipynb #eba83a9d
+# %% ../../nbs/data/04_dedup.ipynb #6b5f3d19
 LEAST_REST, MOST_WORDS = 4, 64     # words; in longer texts one changed word leaves J above 0.7
 BASE = 0x9E3779B97F4A7C15
 
@@ -227,7 +254,11 @@ def rest_keys(
 ) -> tuple:          # keys and the index of the text of each
     "A key for every text, and for the rest of every text without one of its words."
     ids = {}
-    used = [i for i, text in enumerate(texts) if LEAST_REST <= len(text) <= MOST_WORDS]
+    used = [
+        i
+        for i, text in enumerate(texts)
+        if LEAST_REST <= len(text) <= MOST_WORDS
+    ]
     lengths = np.array([len(texts[i]) for i in used], np.int64)
     flat = np.array([ids.setdefault(w, len(ids) + 1) for i in used for w in texts[i]], np.uint64)
     owners = np.array(used, np.int64)
@@ -278,8 +309,10 @@ def similar_pairs(
         return shingles(text) - common
     found = []
     for i, j in candidate_pairs(minhashes, n_references):
-        if np.count_nonzero(minhashes[i] == minhashes[j]) < (threshold - 0.25) * NUM_PERM: continue
-        if jaccard(rare_shingles(texts[i]), rare_shingles(texts[j])) >= threshold: found.append((i, j))
+        if np.count_nonzero(minhashes[i] == minhashes[j]) < (threshold - 0.25) * NUM_PERM:
+            continue
+        if jaccard(rare_shingles(texts[i]), rare_shingles(texts[j])) >= threshold:
+            found.append((i, j))
     return found
 
 def near_duplicate_pairs(
@@ -291,16 +324,33 @@ def near_duplicate_pairs(
     texts = [normalise(t) for t in texts]
     split_words = [words(t) for t in texts]
     is_reference = [i < n_references for i in range(len(texts))]
-    keys = [(side, ' '.join(found) or text) for side, found, text in zip(is_reference, split_words, texts)]
+    keys = [
+        (side, ' '.join(found) or text)
+        for side, found, text in zip(is_reference, split_words, texts)
+    ]
     copies = {}
-    for i, key in enumerate(keys): copies.setdefault(key, []).append(i)
+    for i, key in enumerate(keys):
+        copies.setdefault(key, []).append(i)
     firsts = [same[0] for same in copies.values()]
-    pairs = similar_pairs([texts[i] for i in firsts], threshold, n_first := sum(i < n_references for i in firsts))
+    pairs = similar_pairs(
+        [texts[i] for i in firsts],
+        threshold,
+        n_first := sum(i < n_references for i in firsts),
+    )
     pairs += bucket_pairs(*rest_keys([split_words[i] for i in firsts]), n_first, CROWD + 1).tolist()
     pairs = {(firsts[i], firsts[j]) for i, j in pairs}
-    if not n_references: return sorted(pairs.union((same[0], i) for same in copies.values() for i in same[1:]))
-    pairs.update((copies[True, key[1]][0], same[0]) for key, same in copies.items() if not key[0] and (True, key[1]) in copies)
-    return sorted((i, other) for i, j in pairs for other in copies[keys[j]])
+    if not n_references:
+        return sorted(pairs.union((same[0], i) for same in copies.values() for i in same[1:]))
+    pairs.update(
+        (copies[True, key[1]][0], same[0])
+        for key, same in copies.items()
+        if not key[0] and (True, key[1]) in copies
+    )
+    return sorted(
+        (i, other)
+        for i, j in pairs
+        for other in copies[keys[j]]
+    )
 
 def near_duplicate_groups(
     texts: list,             # any texts
@@ -309,7 +359,7 @@ def near_duplicate_groups(
     "Group near duplicates; the same number means the same group."
     return connected(len(texts), near_duplicate_pairs(texts, threshold))
 
-# %% ../../nbs/data/04_dedup.ipynb #1206cbfb
+# %% ../../nbs/data/04_dedup.ipynb #ed720b3f
 def copies_of(
     references: list,  # `Example`s of the test file
     examples: list,    # `Example`s to train on
@@ -318,5 +368,6 @@ def copies_of(
     if not references: return {}
     texts = written_texts([*references, *examples])
     n, found = len(references), {}
-    for i, j in near_duplicate_pairs(texts, n_references=n): found.setdefault(examples[j - n].row, references[i].row)
+    for i, j in near_duplicate_pairs(texts, n_references=n):
+        found.setdefault(examples[j - n].row, references[i].row)
     return found

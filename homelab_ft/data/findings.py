@@ -87,12 +87,15 @@ def make_finding(
     rows = sorted({change.row for change in changes})
     return Finding(kind, action, rows, reason, changes)
 
-# %% ../../nbs/data/03_findings.ipynb #3e5e325a
+# %% ../../nbs/data/03_findings.ipynb #098e21da
 def visible(
     text: str,       # any text
 ) -> str:            # on one line
     "The text with line breaks, tabs and invisible characters as escapes."
-    shown = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    shown = ''.join(
+        c if c.isprintable() else repr(c)[1:-1]
+        for c in text
+    )
     return shown.replace('\ufffd', '\\ufffd')
 
 @dataclass(repr=False)
@@ -114,7 +117,10 @@ class CleaningReport:
     def to_records(self) -> list:
         "Every change as a plain dictionary, in the order of the file: kind, row, action, reason, before, after."
         changes = [change for finding in self.findings for change in finding.changes]
-        return [asdict(change) for change in sorted(changes, key=lambda change: change.row)]
+        return [
+            asdict(change)
+            for change in sorted(changes, key=lambda change: change.row)
+        ]
 
     def removed(self) -> list:
         "The records of the rows that were dropped."
@@ -126,8 +132,13 @@ class CleaningReport:
         for finding in filter(lambda f: f.rows, self.findings):
             kind = finding.kind.replace('_', ' ')
             lines.append([kind, finding.count, finding.action, first_rows(finding.rows)])
-        nothing = [finding.kind.replace('_', ' ') for finding in self.findings if not finding.rows]
-        if nothing: lines.append(['not found', 0, ', '.join(nothing), ''])
+        nothing = [
+            finding.kind.replace('_', ' ')
+            for finding in self.findings
+            if not finding.rows
+        ]
+        if nothing:
+            lines.append(['not found', 0, ', '.join(nothing), ''])
         headers = ['found', 'rows', 'action', 'for example rows']
         return Table(headers, lines, f'Cleaning: {self.rows_in} rows in, {self.rows_out} out')
 
@@ -138,8 +149,14 @@ class CleaningReport:
             example = finding.example
             if not example: continue
             lines.append([finding.kind.replace('_', ' '), example.row, visible(example.before)])
-            if example.action == 'changed': lines.append(['', 'now', visible(example.after)])
+            if example.action == 'changed':
+                lines.append(['', 'now', visible(example.after)])
         return Table(['found', 'row', 'text'], lines, 'Cleaning: an example of each kind')
+
+    def tables(self) -> list:
+        "What a report shows: the findings, and the examples if there are any."
+        has_examples = any(finding.before for finding in self.findings)
+        return [self.table(), self.examples_table()] if has_examples else [self.table()]
 
     def __repr__(self): return str(self.table())
     def _repr_html_(self): return self.table()._repr_html_()

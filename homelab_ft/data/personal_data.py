@@ -12,12 +12,15 @@ import ipaddress, math, re
 from collections import Counter
 from dataclasses import dataclass
 
-# %% ../../nbs/data/03_personal_data.ipynb #01432c8e
+# %% ../../nbs/data/03_personal_data.ipynb #8048b1be
 def passes_luhn(
     digits: str,     # digits alone
 ) -> bool:
     "True if the last digit is the Luhn checksum of the others."
-    doubled = [int(d) if i % 2 == 0 else sum(divmod(2 * int(d), 10)) for i, d in enumerate(reversed(digits))]
+    doubled = [
+        int(d) if i % 2 == 0 else sum(divmod(2 * int(d), 10))
+        for i, d in enumerate(reversed(digits))
+    ]
     return sum(doubled) % 10 == 0
 
 def is_card_number(
@@ -54,13 +57,16 @@ def is_phone_number(
     digits = re.sub(r'\D', '', text)
     return 8 <= len(digits) <= 15 and len(set(digits)) > 1
 
-# %% ../../nbs/data/03_personal_data.ipynb #a6049328
+# %% ../../nbs/data/03_personal_data.ipynb #14faad7e
 def entropy(
     text: str,       # any text
 ) -> float:          # bits per character
     "Shannon entropy of the characters."
     counts = Counter(text).values()
-    return -sum(n / len(text) * math.log2(n / len(text)) for n in counts)
+    return -sum(
+        n / len(text) * math.log2(n / len(text))
+        for n in counts
+    )
 
 def looks_random(
     text: str,       # what may be a key
@@ -109,7 +115,7 @@ PERSONAL = dict(
 )
 COMPILED = {kind: (re.compile(pattern, re.S), is_one) for kind, (pattern, is_one) in (SECRETS | PERSONAL).items()}
 
-# %% ../../nbs/data/03_personal_data.ipynb #20c9ae00
+# %% ../../nbs/data/03_personal_data.ipynb #7244716a
 maybe_private = re.compile(r'[@\d]|-----')
 
 def find_private(
@@ -125,7 +131,8 @@ def find_private(
             group = 'secret' if 'secret' in pattern.groupindex else 0
             start, end = found.span(group)
             is_free = all(end <= place.start or place.end <= start for place in places)
-            if is_free and is_one(found[group]): places.append(Place(kind, start, end))
+            if is_free and is_one(found[group]):
+                places.append(Place(kind, start, end))
     return sorted(places, key=lambda place: place.start)
 
 # %% ../../nbs/data/03_personal_data.ipynb #ddbb6433

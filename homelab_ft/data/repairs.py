@@ -15,7 +15,7 @@ from html.entities import html5
 
 from ..core import Example
 
-# %% ../../nbs/data/03_repairs.ipynb #6b59faef
+# %% ../../nbs/data/03_repairs.ipynb #81274211
 def fix_mojibake(
     text: str,       # any text
 ) -> str:            # the same text if nothing was wrong
@@ -24,7 +24,10 @@ def fix_mojibake(
     import ftfy
     if '`' not in text: return ftfy.fix_encoding(text)
     pieces = re.split(r'(```.*?```|`[^`\n]+`)', text, flags=re.S)
-    return ''.join(piece if piece.startswith('`') else ftfy.fix_encoding(piece) for piece in pieces)
+    return ''.join(
+        piece if piece.startswith('`') else ftfy.fix_encoding(piece)
+        for piece in pieces
+    )
 
 # %% ../../nbs/data/03_repairs.ipynb #4ffa7018
 entity = re.compile(r'&(#\d{1,6}|#[xX][0-9a-fA-F]{1,5}|[A-Za-z][A-Za-z0-9]{1,30});')
@@ -63,7 +66,7 @@ inline_tag = re.compile(
 )
 block_tags = re.compile(rf'[ \t]*(?:{block_tag.pattern})(?:\s*(?:{block_tag.pattern}))*[ \t]*')
 
-# %% ../../nbs/data/03_repairs.ipynb #a15d1834
+# %% ../../nbs/data/03_repairs.ipynb #74402698
 protected = re.compile(
     r'^(?: {4}|\t)(?!\s*<).*$'                        # indented
     r'|^[^\n]*(?:\|[^|\n]*\||\t[^\t\n]*\t)[^\n]*$'    # a line of a table
@@ -81,11 +84,14 @@ def outside_layout(
     spans = [found.span() for found in protected.finditer(text)]
     def replace_free(found):
         "The new text, or the old one inside layout."
-        touches = any(found.start() < end and start < found.end() for start, end in spans)
+        touches = any(
+            found.start() < end and start < found.end()
+            for start, end in spans
+        )
         return found[0] if touches else change(found)
     return pattern.sub(replace_free, text)
 
-# %% ../../nbs/data/03_repairs.ipynb #72891c55
+# %% ../../nbs/data/03_repairs.ipynb #ecea601b
 MARKUP = ('lt', 'gt', 'amp', 'LT', 'GT', 'AMP')
 
 def unescape_entities(
@@ -100,7 +106,8 @@ def unescape_entities(
         name = found[1]
         around = text[max(0, found.start() - 1):found.start()] + text[found.end():found.end() + 1]
         is_known = name[0] == '#' or name + ';' in html5
-        if not is_known or around in ('""', "''", '``') or (name in MARKUP and not is_exported): return found[0]
+        if not is_known or around in ('""', "''", '``') or (name in MARKUP and not is_exported):
+            return found[0]
         return html.unescape(found[0]).replace('\xa0', ' ')
     return outside_layout(entity, unescape, text)
 

@@ -239,7 +239,7 @@ class Division:
     group_test: int = 0  # rows whose group is in the test file
 
 def divide(
-    source,               # the training file as a `Source` of [prepare](09_prepare.ipynb)
+    source,               # the training file, as a `Source`
     test,                 # the test file, or None
     config,               # the settings
 ) -> Division:
