@@ -15,7 +15,8 @@ from . import __version__
 from .core import HomelabError, near_matches
 from .cli_data import add_data_actions, data
 from .cli_options import RUNS_DIR_HELP, add_command, add_settings, read_settings, resume_settings
-from .config import ALIASES, INSTEAD, RunConfig, current_names, load_config, parse_override
+from .config import RunConfig, current_names, load_config, parse_override
+from .setting_names import ALIASES, INSTEAD
 from .progress import silence_other_bars
 from .train.run_folder import COMMANDS, open_run, send, status
 

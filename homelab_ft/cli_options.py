@@ -9,8 +9,9 @@ __all__ = ['SET_HELP', 'RUNS_DIR_HELP', 'ORDER', 'DATA_OPTIONS', 'TRAIN_OPTIONS'
 # %% ../nbs/06_cli_options.ipynb #b52dd731
 import sys
 
-from .config import ALIASES, RunConfig, current_names, load_config, parse_override
+from .config import RunConfig, current_names, load_config, parse_override
 from .core import ConfigError
+from .setting_names import ALIASES
 
 # %% ../nbs/06_cli_options.ipynb #b2e384a1
 SET_HELP = 'any setting, for example --set lora_dropout=0.1; may be repeated; `homelab-ft settings` lists them'

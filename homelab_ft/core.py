@@ -97,6 +97,7 @@ class Example:
     label: str = None       # the class, for classification data
     row: int = 0            # number of the row in the file, from 1
     rejected: str = None    # the worse answer, for preference data
+    group: str = None       # value of `group_column`: equal ones stay on one side of the split
 
     @property
     def prompt(self) -> str:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRITERS', 'moved_span', 'repair_value', 'changed_texts', 'same_content', 'read_one', 'CleanedFile', 'clean_file',
-           'flat_cell', 'csv_text', 'parquet_bytes', 'jsonl_text', 'output_paths', 'change_records', 'save_cleaned']
+           'flat_cell', 'csv_text', 'parquet_bytes', 'jsonl_text', 'output_paths', 'save_cleaned']
 
 # %% ../../nbs/data/12_cleaned.ipynb #cdadd3c5
 import csv, io, json
@@ -205,15 +205,6 @@ def output_paths(
             )
     return paths
 
-def change_records(
-    opened: OpenedFile,  # a file
-) -> list:               # dicts
-    "What was found, row by row."
-    report = opened.source.cleaning
-    if hasattr(report, 'to_records'): return report.to_records()
-    records = [dict(row=row, kind=f.kind, action=f.action) for f in report.findings for row in f.rows]
-    return sorted(records, key=lambda record: record['row'])
-
 def save_cleaned(
     opened: OpenedFile,  # a file
     out,                 # the new file
@@ -225,5 +216,5 @@ def save_cleaned(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, WRITERS[path.suffix.lower()](cleaned))
     write_atomic(removed, jsonl_text(cleaned.removed))
-    write_atomic(changes, jsonl_text(change_records(opened)))
+    write_atomic(changes, jsonl_text(opened.source.cleaning.to_records()))
     return cleaned

@@ -4,26 +4,25 @@
 
 # %% auto #0
 __all__ = ['FEW', 'first_example', 'person_to_ask', 'Preview', 'check_paths', 'preview_file', 'read_preview', 'Source',
-           'read_source', 'Division', 'divide', 'part_name', 'rows_table', 'example_table', 'input_fingerprint',
-           'build_prepared', 'ReadSource', 'divide_sources', 'build_mixed', 'describe_prepared', 'prepare']
+           'read_source', 'part_name', 'rows_table', 'example_table', 'input_fingerprint', 'build_prepared',
+           'ReadSource', 'divide_sources', 'build_mixed', 'describe_prepared', 'prepare']
 
 # %% ../../nbs/data/09_prepare.ipynb #3f1dc7a8
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..config import DataSettings, RunConfig, sources_of
+from ..config import CleaningSettings, DataSettings, RunConfig, sources_of
 from ..core import ConfigError, DataError, Example
 from .chat_template import Encoded, check_template, load_tokenizer, show_loss_mask
 from .clean import CleaningReport, clean, is_blank
-from .dedup import normalise
 from .columns import columns_of
 from .formats import DatasetFormat, detect_format, to_examples, truth_of
 from .load import error_prefix, is_missing, load_rows, source_fingerprint
 from .mix import as_mixed, mix_sources, read_replay, replay_folder, select_rows, test_as_mixed
 from .preference import check_objective
 from .prepared import PARTS, Prepared, load_prepared, read_manifest, save_prepared
-from .split import apart, check_labels, divide_rows, refuse_division
+from .split import Division, accuracy_margin, divide, set_groups, take_group_column
 from .tokenize import TokenCache, Tokenized, check_token_ids, tokenize_examples, tokenizer_fingerprint
 from .views import ask_reading, first_lines, shorten_parts, show_example, wrap
 from ..io import fingerprint
@@ -99,7 +98,7 @@ def preview_file(
         "Ask, and remember the answer."
         chosen.append(choose(readings))
         return chosen[-1]
-    dataset_format = detect_format(rows, config, choose and ask)
+    dataset_format = detect_format(take_group_column(rows, config.group_column)[0], config, choose and ask)
     if chosen: config = config.model_copy(update=chosen[0].settings)
     good = [truth_of(row.get(dataset_format.label_column)) for row in rows].count(True)
     log(first_lines(dataset_format, len(rows), config.objective, good if dataset_format.kind == 'kto' else None))
@@ -149,8 +148,10 @@ def read_source(
     config: RunConfig,                     # the settings
     tok,                                   # tokenizer
     dataset_format: DatasetFormat = None,  # of the training file; None: detected
+    spellings: dict = None,                # of labels in the training file; None: found here
 ) -> Source:
     "Clean and tokenize the rows of one file."
+    rows, values = take_group_column(rows, config.group_column)
     dataset_format = dataset_format or detect_format(rows, config)
     columns = columns_of(rows)
     missing = [c for c in dataset_format.columns if c not in columns]
@@ -163,7 +164,8 @@ def read_source(
         )
     check_objective(config, dataset_format.kind)
     if dataset_format.kind != 'text': check_template(tok)
-    examples, cleaning = clean(to_examples(rows, dataset_format, config.system_prompt))
+    examples = set_groups(to_examples(rows, dataset_format, config.system_prompt), values)
+    examples, cleaning = clean(examples, config, spellings)
     tokenized = tokenize_examples(examples, tok, config.max_length, config.overlong_rows)
     return Source(
         dataset_format=dataset_format,
@@ -175,38 +177,6 @@ def read_source(
         missing={c: n for c in dataset_format.columns if (n := sum(is_missing(v := row.get(c)) or v == '' for row in rows))},
     )
 
-# %% ../../nbs/data/09_prepare.ipynb #17e3b1d9
-@dataclass
-class Division:
-    "Examples by part, and how many rows of the training file are in none."
-    parts: dict          # part -> `Example`s
-    in_test: int         # rows that are also in the test file
-    rare: int            # rows with a label that occurs once
-
-def divide(
-    source: Source,       # the training file
-    test: Source,         # the test file, or None
-    config: RunConfig,    # the settings
-) -> Division:
-    "Leave out what may not be trained on, and split the rest."
-    in_test = {normalise(e.prompt) for e in test.examples} if test else set()
-    allowed = [e for e in source.examples if normalise(e.prompt) not in in_test]
-    n_rows = len(source.examples)
-    if not allowed:
-        raise DataError(
-            'every row of data is also in test_data',
-            value=f'{n_rows} rows',
-            next_step='give another test_data',
-        )
-    used = check_labels(allowed, config.rare_labels)
-    groups = source.groups if config.near_duplicates == 'together' else apart(used)
-    try: parts = divide_rows(used, groups, config.eval_fraction, config.seed, bool(test))
-    except DataError:
-        copies = len(source.cleaning.rows('duplicate'))
-        raise refuse_division(used, groups, config, bool(test), copies) from None
-    if test: parts['test'] = test.examples
-    return Division(parts, in_test=n_rows - len(allowed), rare=len(allowed) - len(used))
-
 # %% ../../nbs/data/09_prepare.ipynb #65409975
 FEW = 10     # test rows; with fewer, an interval covers almost everything
 
@@ -214,8 +184,10 @@ def part_name(
     part: str,            # train, validation or test
     n: int,               # its rows
 ) -> str:
-    "The part, and what is wrong with a test of few rows."
-    return f'test (under {FEW}: too few to show a difference)' if part == 'test' and n < FEW else part
+    "The part, and how certain an accuracy on a test of so many rows is."
+    if part != 'test': return part
+    if n < FEW: return f'test (under {FEW}: too few to show a difference)'
+    return f'test (an accuracy of 80 % is certain to ± {100 * accuracy_margin(n):.0f} points)'
 
 def rows_table(
     source: Source,       # the training file
@@ -228,6 +200,8 @@ def rows_table(
     notes = {
         'dropped: judged not good, or not judged': source.n_rows - source.cleaning.rows_in,
         'dropped: also in test_data': division.in_test,
+        'dropped: almost the same in test_data': division.near_test,
+        'dropped: their group is in test_data': division.group_test,
         'dropped: a label that occurs once': division.rare,
         'in the test, with a label that training never shows': len(unknown),
     }
@@ -264,7 +238,8 @@ def input_fingerprint(
     if len(sources) == 1: config = sources[0][1]
     settings = config.model_dump(include={*DataSettings.model_fields, 'seed'}, exclude={*paths})
     settings['layout'] = settings.pop('dataset_format')         # the fingerprints of older runs stay valid
-    for name in ('context_column', 'near_duplicates'):
+    settings |= config.model_dump(include={*CleaningSettings.model_fields})
+    for name in ('context_column', 'near_duplicates', 'group_column', *CleaningSettings.model_fields):
         if settings[name] == RunConfig.model_fields[name].default: del settings[name]
     if len(sources) > 1: settings['sources'] = [source.model_dump(exclude={'path'}) for source, _ in sources]
     if config.replay:
@@ -288,7 +263,9 @@ def build_prepared(
     source, test = read_source(preview.rows, config, tok, preview.dataset_format), None
     if config.test_data is not None:
         with error_prefix('test_data'):
-            test = read_source(load_rows(config.test_data, config.encoding), config, tok, source.dataset_format)
+            spellings = {change.before: change.after for change in source.cleaning.changes('label_spelling')}
+            rows = load_rows(config.test_data, config.encoding)
+            test = read_source(rows, config, tok, source.dataset_format, spellings or None)
     division = divide(source, test, config)
     parts, rejected = {}, {}
     for part, examples in division.parts.items():
@@ -298,7 +275,7 @@ def build_prepared(
         if others: rejected[f'{part}_rejected'] = others[0]
     kind = source.dataset_format.kind
     labels = {e.label for examples in division.parts.values() for e in examples}
-    report = [rows_table(source, division, parts), source.cleaning.table()]
+    report = [rows_table(source, division, parts), *source.cleaning.tables()]
     report += [source.tokenized.table(), source.dataset_format.table()]
     if kind != 'text': report.append(check_template(tok).table())
     report.append(example_table(parts['train'], tok))
@@ -372,7 +349,7 @@ def build_mixed(
     for one in read:
         tables = [
             rows_table(one.source, one.division, {}),
-            one.source.cleaning.table(),
+            *one.source.cleaning.tables(),
             one.source.tokenized.table(),
         ]
         for table in [*tables, one.source.dataset_format.table()]:
