@@ -30,7 +30,7 @@ def is_source_setting(
     name: str,           # of a setting
 ) -> bool:
     "True for the settings that a source may have of its own: columns, format, and how its file is read."
-    named = name in ('dataset_format', 'system_prompt', 'encoding', 'max_rows')
+    named = name in ('dataset_format', 'system_prompt', 'encoding', 'max_rows', 'decisions')
     return name in DataSettings.model_fields and (named or name.endswith(('_column', '_columns')))
 
 class DataSource(Settings):
@@ -153,6 +153,8 @@ class DataSettings(Settings):
         description='in the split; apart: only equal questions stay on one side')
     group_column: str | None = Field(None,
         description='column whose equal values stay on one side of the split, such as a user or a document')
+    decisions: str | None = Field(None,
+        description='YAML file of the dataset browser: findings that a person accepted or rejected')
     chat_template: str | None = Field(None,
         description='Jinja file that replaces the chat template of the tokenizer')
 
@@ -183,7 +185,7 @@ def sources_of(
     pairs = []
     for source in config.data:
         own = source.settings
-        if any(name not in ('system_prompt', 'encoding', 'max_rows') for name in own):
+        if any(name not in ('system_prompt', 'encoding', 'max_rows', 'decisions') for name in own):
             columns = [name for name in DataSettings.model_fields if name.endswith(('_column', '_columns'))]
             unset = {name: DataSettings.model_fields[name].default for name in ('dataset_format', *columns)}
             own = unset | own
@@ -321,6 +323,9 @@ def find_contradiction(
         return ConfigError('use_dora does not go with 8-bit weights', 'method=int8', 'method=lora or qlora', next_step)
     if config.objective == 'dpo' and config.method == 'full':
         return ConfigError('objective=dpo compares with the frozen base model', 'method=full', ADAPTERS, 'set method=lora')
+    if config.decisions and isinstance(config.data, list) and len(config.data) > 1:
+        step = 'data=[{path: a.csv, decisions: a.yaml}, b.csv]'
+        return ConfigError('decisions belong to one file', config.decisions, 'decisions inside of its source', step)
     if config.warmup_steps and config.lr_scheduler_type == 'constant':
         value = f'warmup_steps={config.warmup_steps}'
         next_step = 'set lr_scheduler_type=constant_with_warmup'
