@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PARTS', 'WIDTH', 'FEW', 'Prepared', 'wrap', 'shorten', 'shorten_parts', 'first_lines', 'first_example',
            'show_example', 'ask_reading', 'person_to_ask', 'Preview', 'check_paths', 'read_preview', 'Source',
-           'read_source', 'Division', 'divide', 'select_rows', 'part_name', 'rows_table', 'example_table',
-           'input_fingerprint', 'save_prepared', 'read_manifest', 'load_prepared', 'build_prepared',
+           'read_source', 'Division', 'divide', 'select_rows', 'part_name', 'rows_table', 'message_tables',
+           'example_table', 'input_fingerprint', 'save_prepared', 'read_manifest', 'load_prepared', 'build_prepared',
            'describe_prepared', 'prepare']
 
 # %% ../../nbs/data/09_prepare.ipynb #3f1dc7a8
@@ -22,6 +22,7 @@ from .dedup import normalise
 from .columns import columns_of
 from .formats import DatasetFormat, detect_format, to_examples, truth_of, what_is_learned
 from .load import error_prefix, is_missing, load_rows, source_fingerprint
+from .messages import Reading, check_refused, reading_of, refused_table
 from .preference import check_objective
 from .split import apart, check_labels, divide_rows, refuse_division
 from homelab_ft.data.tokenize import (
@@ -105,10 +106,11 @@ def first_example(
     f: DatasetFormat,           # what the columns mean
     rows: list,                 # dicts
     system_prompt: str = None,  # put before it
+    reading: Reading = None,    # how messages are read
 ) -> Example:                   # None if none of the first hundred can be read
     "The first row with a question and an answer."
     for row in rows[:100]:
-        try: examples = to_examples([row], f, system_prompt)
+        try: examples = to_examples([row], f, system_prompt, reading)
         except DataError: continue
         if examples and not is_blank(examples[0]): return examples[0]
 
@@ -173,7 +175,7 @@ class Preview:
             check()
             tok = load_tokenizer(c.model, c.chat_template, needs_template=False)      # plain text needs none
         finally:
-            example = first_example(self.dataset_format, self.rows, c.system_prompt)
+            example = first_example(self.dataset_format, self.rows, c.system_prompt, reading_of(c))
             if example: log(show_example(example, tok, c.objective == 'dpo'))
         return tok
 
@@ -219,6 +221,12 @@ class Source:
     n_rows: int               # in the file
     cleaning: CleaningReport
     missing: dict = field(default_factory=dict)      # column -> rows without a value, where there are any
+    reading: Reading = None   # how messages were read, and what was met
+
+    @property
+    def refused(self) -> dict:
+        "Rows that cannot be used: row -> error."
+        return dict(sorted({**self.reading.refused, **self.tokenized.refused}.items()))
 
 # %% ../../nbs/data/09_prepare.ipynb #f50f57b9
 def read_source(
@@ -240,7 +248,10 @@ def read_source(
         )
     check_objective(config, dataset_format.kind)
     if dataset_format.kind != 'text': check_template(tok)
-    examples, cleaning = clean(to_examples(rows, dataset_format, config.system_prompt))
+    reading = reading_of(config, refused={})
+    examples = to_examples(rows, dataset_format, config.system_prompt, reading)
+    check_refused(reading.refused, len(rows))
+    examples, cleaning = clean(examples)
     tokenized = tokenize_examples(examples, tok, config.max_length, config.overlong_rows)
     return Source(
         dataset_format=dataset_format,
@@ -249,6 +260,7 @@ def read_source(
         tokenized=tokenized,
         n_rows=len(rows),
         cleaning=cleaning,
+        reading=reading,
         missing={c: n for c in dataset_format.columns if (n := sum(is_missing(v := row.get(c)) or v == '' for row in rows))},
     )
 
@@ -312,7 +324,8 @@ def rows_table(
     known = {e.label for e in division.parts['train']}
     unknown = [e for e in division.parts['test'] if e.label is not None and e.label not in known]
     notes = {
-        'dropped: judged not good, or not judged': source.n_rows - source.cleaning.rows_in,
+        'dropped: cannot be used, see below': len(source.refused),
+        'dropped: judged not good, or not judged': source.n_rows - source.cleaning.rows_in - len(source.reading.refused),
         'dropped: also in test_data': division.in_test,
         'dropped: a label that occurs once': division.rare,
         'in the test, with a label that training never shows': len(unknown),
@@ -326,6 +339,15 @@ def rows_table(
         *([f'without a value in {c}', n, ''] for c, n in source.missing.items()),
         *([part_name(part, len(cache)), len(cache), len(cache.input_ids)] for part, cache in caches.items()),
     ], 'Rows')
+
+# %% ../../nbs/data/09_prepare.ipynb #3dc5368f
+def message_tables(
+    source: Source,      # a file
+) -> list:               # of `Table`
+    "What was met in the messages, and the rows that cannot be used."
+    tables = [source.reading.table()]
+    if source.refused: tables.append(refused_table(source.refused))
+    return [table for table in tables if table]
 
 # %% ../../nbs/data/09_prepare.ipynb #e3064eac
 def example_table(
@@ -348,7 +370,9 @@ def input_fingerprint(
     paths = ('model', 'data', 'test_data', 'chat_template')     # their content counts, not their name
     settings = config.model_dump(include={*DataSettings.model_fields, 'seed'}, exclude={*paths})
     settings['layout'] = settings.pop('dataset_format')         # the fingerprints of older runs stay valid
-    for name in ('context_column', 'near_duplicates'):
+    later = ('context_column', 'near_duplicates', 'system_column', 'history_column', 'tools_column', 'choices_column',
+             'reasoning', 'reasoning_history', 'empty_reasoning', 'ignored_keys')
+    for name in later:
         if settings[name] == RunConfig.model_fields[name].default: del settings[name]
     return fingerprint({
         'form': 1,
@@ -437,12 +461,13 @@ def build_prepared(
     labels = {e.label for examples in division.parts.values() for e in examples}
     report = [rows_table(source, division, parts), source.cleaning.table()]
     report += [source.tokenized.table(), source.dataset_format.table()]
+    report += message_tables(source)
     if kind != 'text': report.append(check_template(tok).table())
     report.append(example_table(parts['train'], tok))
     if test:
         cleaning = test.cleaning.table()
         cleaning.title = f'Test file. {cleaning.title}'
-        report += [cleaning, test.tokenized.table()]
+        report += [cleaning, test.tokenized.table(), *message_tables(test)]
     rows = {'file': source.n_rows, 'cleaned': source.cleaning.rows_out, 'tokenized': len(source.examples)}
     return Prepared(
         **parts,
