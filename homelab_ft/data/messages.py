@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MOST_REFUSED', 'TEXT_PARTS', 'CALL', 'ROLES', 'CALLERS', 'WHO', 'SAID', 'REASONING', 'LOSS', 'KEYS', 'ABOUT', 'TRUTH',
-           'SPEAKER', 'SPEAKERS', 'Reading', 'reading_of', 'check_refused', 'refused_table', 'to_json', 'from_json',
-           'read_part', 'read_content', 'without_nulls', 'read_tools', 'read_arguments', 'read_call', 'read_calls',
-           'known_keys', 'one_of', 'is_learned', 'unknown_role', 'read_message', 'link_calls', 'apply_reasoning',
-           'is_empty', 'end_at_answer', 'is_transcript', 'read_transcript', 'is_pairs', 'read_cell_messages',
-           'read_cell', 'is_answers', 'is_conversation', 'read_messages']
+           'SPEAKER', 'SPEAKERS', 'Reading', 'reading_of', 'check_refused', 'refused_table', 'message_tables',
+           'to_json', 'from_json', 'read_part', 'read_content', 'without_nulls', 'read_tools', 'read_arguments',
+           'read_call', 'read_calls', 'known_keys', 'one_of', 'is_learned', 'unknown_role', 'read_message',
+           'link_calls', 'apply_reasoning', 'is_empty', 'end_at_answer', 'is_transcript', 'read_transcript', 'is_pairs',
+           'read_cell_messages', 'read_cell', 'is_answers', 'is_conversation', 'read_messages']
 
 # %% ../../nbs/data/02_messages.ipynb #9f8cd485
 import json, re
@@ -83,7 +83,16 @@ def refused_table(
     if len(refused) > most: lines.append(['...', f'and {len(refused) - most} more'])
     return Table(['row', 'reason'], lines, f'Rows that cannot be used: {len(refused)}')
 
-# %% ../../nbs/data/02_messages.ipynb #9c8e5fcf
+# %% ../../nbs/data/02_messages.ipynb #473e6d3e
+def message_tables(
+    reading: Reading,    # of a file
+    refused: dict,       # row -> `HomelabError`
+) -> list:               # of `Table`; empty if there is nothing to say
+    "What was met in the messages, and the rows that cannot be used."
+    tables = [reading.table(), refused_table(refused) if refused else None]
+    return [table for table in tables if table]
+
+# %% ../../nbs/data/02_messages.ipynb #6ded7fb2
 TEXT_PARTS = ('text', 'input_text', 'output_text', 'refusal')
 
 def to_json(
@@ -130,7 +139,7 @@ def read_content(
     if isinstance(value, list) and value and all(map(is_part, value)): return ''.join(map(read_part, value))
     return to_json(value)
 
-# %% ../../nbs/data/02_messages.ipynb #7daa5bc4
+# %% ../../nbs/data/02_messages.ipynb #8794ba17
 def without_nulls(
     value,               # of a JSON schema
 ):
@@ -194,7 +203,7 @@ def read_calls(
     if is_missing(value) or value == '': return []
     return [read_call(call) for call in (value if isinstance(value, list) else [value])]
 
-# %% ../../nbs/data/02_messages.ipynb #61410975
+# %% ../../nbs/data/02_messages.ipynb #4e99e6df
 ROLES = dict.fromkeys(['user', 'human'], 'user') | dict.fromkeys(['system', 'developer'], 'system')
 ROLES |= dict.fromkeys(['assistant', 'gpt', 'model', 'bot', 'chatgpt'], 'assistant')
 ROLES |= dict.fromkeys(['tool', 'function', 'ipython', 'observation', 'tool_response', 'function_response'], 'tool')
@@ -211,7 +220,7 @@ ABOUT = set('''id uuid message_id msg_id parent_id parent conversation_id turn t
     token_count num_tokens language lang country state header hashed_ip redacted toxic moderation openai_moderation
     detoxify_moderation metadata meta rating score scores source annotations logprobs'''.split())
 
-# %% ../../nbs/data/02_messages.ipynb #43d2a451
+# %% ../../nbs/data/02_messages.ipynb #9baaacf0
 def known_keys(
     message: dict,       # as it stands in the file
     reading: Reading,    # its `ignored_keys`
@@ -243,7 +252,7 @@ def one_of(
         raise DataError(f'a message with {both}, which differ', values, 'one of them', 'mend the row')
     return values[0] if values else None
 
-# %% ../../nbs/data/02_messages.ipynb #7294c841
+# %% ../../nbs/data/02_messages.ipynb #fb39ddb5
 TRUTH = {'true': True, '1': True, '1.0': True, 'false': False, '0': False, '0.0': False}
 
 def is_learned(
@@ -262,7 +271,7 @@ def is_learned(
         if not truth: return False
     return True
 
-# %% ../../nbs/data/02_messages.ipynb #4c48e645
+# %% ../../nbs/data/02_messages.ipynb #c5a64b81
 def unknown_role(
     role,                # as it stands in the file
 ) -> DataError:
@@ -295,7 +304,7 @@ def read_message(
     if not is_learned(given, role) and role == 'assistant': read['loss'] = False
     return read
 
-# %% ../../nbs/data/02_messages.ipynb #d668d731
+# %% ../../nbs/data/02_messages.ipynb #ab2b117a
 def link_calls(
     messages: list,      # in the form of the table above
 ) -> list:               # the same messages, calls with ids and results with the id and name of their call
@@ -320,7 +329,7 @@ def link_calls(
         linked.append(message)
     return linked
 
-# %% ../../nbs/data/02_messages.ipynb #9120b499
+# %% ../../nbs/data/02_messages.ipynb #89eb6774
 def apply_reasoning(
     messages: list,      # in the form of the table above; changed in place
     reading: Reading,    # the settings
@@ -342,7 +351,7 @@ def apply_reasoning(
             del message['reasoning_content']
         elif is_history and reading.reasoning_history == 'keep': message['keep_reasoning'] = True
 
-# %% ../../nbs/data/02_messages.ipynb #8a7d00a2
+# %% ../../nbs/data/02_messages.ipynb #47a7aab6
 def is_empty(
     message: dict,       # in the form of the table above
 ) -> bool:
@@ -364,7 +373,7 @@ def end_at_answer(
     if messages or not answers or all(map(is_empty, answers)): return messages
     raise DataError('a conversation in which no answer has loss', 'weight, train or loss is 0', 'one answer with loss', 'remove the row')
 
-# %% ../../nbs/data/02_messages.ipynb #b7aadfc5
+# %% ../../nbs/data/02_messages.ipynb #a59e7621
 SPEAKER = re.compile(r'(?:^|\n\n)(Human|Assistant|System):[ ]?')
 SPEAKERS = dict(Human='user', Assistant='assistant', System='system')
 
@@ -408,7 +417,7 @@ def read_cell_messages(
     if tools and messages: messages[0]['tools'] = tools
     return messages
 
-# %% ../../nbs/data/02_messages.ipynb #f137c31b
+# %% ../../nbs/data/02_messages.ipynb #4e96df07
 def read_cell(
     row: dict,       # a row
     column: str,     # name, or None for a column that is not there

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PARTS', 'WIDTH', 'FEW', 'Prepared', 'wrap', 'shorten', 'shorten_parts', 'first_lines', 'first_example',
            'show_example', 'ask_reading', 'person_to_ask', 'Preview', 'check_paths', 'read_preview', 'Source',
-           'read_source', 'Division', 'divide', 'select_rows', 'part_name', 'rows_table', 'message_tables',
-           'example_table', 'input_fingerprint', 'save_prepared', 'read_manifest', 'load_prepared', 'build_prepared',
+           'read_source', 'Division', 'divide', 'select_rows', 'part_name', 'rows_table', 'example_table',
+           'input_fingerprint', 'save_prepared', 'read_manifest', 'load_prepared', 'build_prepared',
            'describe_prepared', 'prepare']
 
 # %% ../../nbs/data/09_prepare.ipynb #3f1dc7a8
@@ -14,15 +14,15 @@ import json, re, sys, textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..config import DataSettings, RunConfig, set_options
+from ..config import ADDED_LATER, DataSettings, RunConfig, set_options
 from ..core import ConfigError, DataError, Example
 from .chat_template import Encoded, check_template, encode, load_tokenizer, show_loss_mask
 from .clean import CleaningReport, clean, is_blank
 from .dedup import normalise
 from .columns import columns_of
-from .formats import DatasetFormat, detect_format, to_examples, truth_of, what_is_learned
+from .formats import DatasetFormat, detect_format, read_examples, to_examples, truth_of, what_is_learned
 from .load import error_prefix, is_missing, load_rows, source_fingerprint
-from .messages import Reading, check_refused, reading_of, refused_table
+from .messages import Reading, message_tables, reading_of
 from .preference import check_objective
 from .split import apart, check_labels, divide_rows, refuse_division
 from homelab_ft.data.tokenize import (
@@ -222,11 +222,7 @@ class Source:
     cleaning: CleaningReport
     missing: dict = field(default_factory=dict)      # column -> rows without a value, where there are any
     reading: Reading = None   # how messages were read, and what was met
-
-    @property
-    def refused(self) -> dict:
-        "Rows that cannot be used: row -> error."
-        return dict(sorted({**self.reading.refused, **self.tokenized.refused}.items()))
+    refused: dict = field(default_factory=dict)      # rows that cannot be used: row -> error
 
 # %% ../../nbs/data/09_prepare.ipynb #f50f57b9
 def read_source(
@@ -248,9 +244,7 @@ def read_source(
         )
     check_objective(config, dataset_format.kind)
     if dataset_format.kind != 'text': check_template(tok)
-    reading = reading_of(config, refused={})
-    examples = to_examples(rows, dataset_format, config.system_prompt, reading)
-    check_refused(reading.refused, len(rows))
+    examples, reading = read_examples(rows, dataset_format, config)
     examples, cleaning = clean(examples)
     tokenized = tokenize_examples(examples, tok, config.max_length, config.overlong_rows)
     return Source(
@@ -261,6 +255,7 @@ def read_source(
         n_rows=len(rows),
         cleaning=cleaning,
         reading=reading,
+        refused=dict(sorted({**reading.refused, **tokenized.refused}.items())),
         missing={c: n for c in dataset_format.columns if (n := sum(is_missing(v := row.get(c)) or v == '' for row in rows))},
     )
 
@@ -340,15 +335,6 @@ def rows_table(
         *([part_name(part, len(cache)), len(cache), len(cache.input_ids)] for part, cache in caches.items()),
     ], 'Rows')
 
-# %% ../../nbs/data/09_prepare.ipynb #3dc5368f
-def message_tables(
-    source: Source,      # a file
-) -> list:               # of `Table`
-    "What was met in the messages, and the rows that cannot be used."
-    tables = [source.reading.table()]
-    if source.refused: tables.append(refused_table(source.refused))
-    return [table for table in tables if table]
-
 # %% ../../nbs/data/09_prepare.ipynb #e3064eac
 def example_table(
     cache: TokenCache,   # the training sequences
@@ -370,9 +356,7 @@ def input_fingerprint(
     paths = ('model', 'data', 'test_data', 'chat_template')     # their content counts, not their name
     settings = config.model_dump(include={*DataSettings.model_fields, 'seed'}, exclude={*paths})
     settings['layout'] = settings.pop('dataset_format')         # the fingerprints of older runs stay valid
-    later = ('context_column', 'near_duplicates', 'system_column', 'history_column', 'tools_column', 'choices_column',
-             'reasoning', 'reasoning_history', 'empty_reasoning', 'ignored_keys')
-    for name in later:
+    for name in ADDED_LATER:
         if settings[name] == RunConfig.model_fields[name].default: del settings[name]
     return fingerprint({
         'form': 1,
@@ -461,13 +445,13 @@ def build_prepared(
     labels = {e.label for examples in division.parts.values() for e in examples}
     report = [rows_table(source, division, parts), source.cleaning.table()]
     report += [source.tokenized.table(), source.dataset_format.table()]
-    report += message_tables(source)
+    report += message_tables(source.reading, source.refused)
     if kind != 'text': report.append(check_template(tok).table())
     report.append(example_table(parts['train'], tok))
     if test:
         cleaning = test.cleaning.table()
         cleaning.title = f'Test file. {cleaning.title}'
-        report += [cleaning, test.tokenized.table(), *message_tables(test)]
+        report += [cleaning, test.tokenized.table(), *message_tables(test.reading, test.refused)]
     rows = {'file': source.n_rows, 'cleaned': source.cleaning.rows_out, 'tokenized': len(source.examples)}
     return Prepared(
         **parts,
