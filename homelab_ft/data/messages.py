@@ -83,12 +83,13 @@ def refused_table(
     if len(refused) > most: lines.append(['...', f'and {len(refused) - most} more'])
     return Table(['row', 'reason'], lines, f'Rows that cannot be used: {len(refused)}')
 
-# %% ../../nbs/data/02_messages.ipynb #473e6d3e
+# %% ../../nbs/data/02_messages.ipynb #53e60e3e
 def message_tables(
     reading: Reading,    # of a file
-    refused: dict,       # row -> `HomelabError`
+    by_template: dict,   # rows that the chat template refuses: row -> `HomelabError`
 ) -> list:               # of `Table`; empty if there is nothing to say
     "What was met in the messages, and the rows that cannot be used."
+    refused = dict(sorted({**(reading.refused or {}), **by_template}.items()))
     tables = [reading.table(), refused_table(refused) if refused else None]
     return [table for table in tables if table]
 

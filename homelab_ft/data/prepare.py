@@ -222,7 +222,6 @@ class Source:
     cleaning: CleaningReport
     missing: dict = field(default_factory=dict)      # column -> rows without a value, where there are any
     reading: Reading = None   # how messages were read, and what was met
-    refused: dict = field(default_factory=dict)      # rows that cannot be used: row -> error
 
 # %% ../../nbs/data/09_prepare.ipynb #f50f57b9
 def read_source(
@@ -244,8 +243,8 @@ def read_source(
         )
     check_objective(config, dataset_format.kind)
     if dataset_format.kind != 'text': check_template(tok)
-    examples, reading = read_examples(rows, dataset_format, config)
-    examples, cleaning = clean(examples)
+    read, reading = read_examples(rows, dataset_format, config)
+    examples, cleaning = clean(read)
     tokenized = tokenize_examples(examples, tok, config.max_length, config.overlong_rows)
     return Source(
         dataset_format=dataset_format,
@@ -255,7 +254,6 @@ def read_source(
         n_rows=len(rows),
         cleaning=cleaning,
         reading=reading,
-        refused=dict(sorted({**reading.refused, **tokenized.refused}.items())),
         missing={c: n for c in dataset_format.columns if (n := sum(is_missing(v := row.get(c)) or v == '' for row in rows))},
     )
 
@@ -275,11 +273,10 @@ def divide(
     "Leave out what may not be trained on, and split the rest."
     in_test = {normalise(e.prompt) for e in test.examples} if test else set()
     allowed = [e for e in source.examples if normalise(e.prompt) not in in_test]
-    n_rows = len(source.examples)
     if not allowed:
         raise DataError(
             'every row of data is also in test_data',
-            value=f'{n_rows} rows',
+            value=f'{len(source.examples)} rows',
             next_step='give another test_data',
         )
     used = check_labels(allowed, config.rare_labels)
@@ -289,7 +286,7 @@ def divide(
         copies = len(source.cleaning.rows('duplicate'))
         raise refuse_division(used, groups, config, bool(test), copies) from None
     if test: parts['test'] = test.examples
-    return Division(parts, in_test=n_rows - len(allowed), rare=len(allowed) - len(used))
+    return Division(parts, in_test=len(source.examples) - len(allowed), rare=len(allowed) - len(used))
 
 # %% ../../nbs/data/09_prepare.ipynb #515843ec
 def select_rows(
@@ -319,7 +316,7 @@ def rows_table(
     known = {e.label for e in division.parts['train']}
     unknown = [e for e in division.parts['test'] if e.label is not None and e.label not in known]
     notes = {
-        'dropped: cannot be used, see below': len(source.refused),
+        'dropped: cannot be used, see below': len(source.reading.refused) + len(source.tokenized.refused),
         'dropped: judged not good, or not judged': source.n_rows - source.cleaning.rows_in - len(source.reading.refused),
         'dropped: also in test_data': division.in_test,
         'dropped: a label that occurs once': division.rare,
@@ -444,14 +441,13 @@ def build_prepared(
     kind = source.dataset_format.kind
     labels = {e.label for examples in division.parts.values() for e in examples}
     report = [rows_table(source, division, parts), source.cleaning.table()]
-    report += [source.tokenized.table(), source.dataset_format.table()]
-    report += message_tables(source.reading, source.refused)
+    report += [source.tokenized.table(), source.dataset_format.table(), *message_tables(source.reading, source.tokenized.refused)]
     if kind != 'text': report.append(check_template(tok).table())
     report.append(example_table(parts['train'], tok))
     if test:
         cleaning = test.cleaning.table()
         cleaning.title = f'Test file. {cleaning.title}'
-        report += [cleaning, test.tokenized.table(), *message_tables(test.reading, test.refused)]
+        report += [cleaning, test.tokenized.table(), *message_tables(test.reading, test.tokenized.refused)]
     rows = {'file': source.n_rows, 'cleaned': source.cleaning.rows_out, 'tokenized': len(source.examples)}
     return Prepared(
         **parts,
