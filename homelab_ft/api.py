@@ -7,13 +7,13 @@ __all__ = ['plain_value', 'save_rows', 'longest_batch', 'plan_config', 'changed_
            'prepare', 'finetune', 'find_run', 'evaluate', 'chat', 'export']
 
 # %% ../nbs/07_api.ipynb #e0b600db
-import html, json, tempfile
+import html, json, os, tempfile
 from decimal import Decimal
 from pathlib import Path
 
 from fastcore.basics import patch
 
-from .config import RunConfig, load_config, make_config
+from .config import DataSource, RunConfig, load_config, make_config, read_data_setting
 from .core import DataError, HomelabError
 from .data.load import fill_missing
 from .io import fingerprint, write_atomic
@@ -32,11 +32,14 @@ def plain_value(
 
 # %% ../nbs/07_api.ipynb #da1d658c
 def save_rows(
-    data,                # path, list of dicts, DataFrame or `datasets.Dataset`
+    data,                # path, several paths or `DataSource`s, list of dicts, DataFrame or `datasets.Dataset`
     folder='runs',       # receives `data/<fingerprint>.jsonl`
-) -> str:                # path of the data
+) -> str:                # path of the data, or a list of sources
     "A file with the rows; raises `DataError` for anything that has none."
     if isinstance(data, (str, Path)): return str(data)
+    entries = data if isinstance(data, (list, tuple)) else []
+    named = [isinstance(entry, DataSource) or isinstance(entry, (str, Path)) and os.path.exists(entry) for entry in entries]
+    if any(named): return read_data_setting(data)
     if hasattr(data, 'to_dict') and hasattr(data, 'columns'): data = data.to_dict('records')
     elif hasattr(data, 'to_list'): data = data.to_list()
     has_rows = isinstance(data, (list, tuple)) and len(data) and all(isinstance(row, dict) for row in data)

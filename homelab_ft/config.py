@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATASET_FORMATS', 'ADDED_LATER', 'QUANTIZED', 'METHODS', 'ADAPTERS', 'SAME_AS', 'ALIASES', 'BITS', 'ANSWERS_ONLY',
-           'BY_ITSELF', 'INSTEAD', 'RENAMED', 'Settings', 'DataSettings', 'MethodSettings', 'TrainSettings',
+           'BY_ITSELF', 'INSTEAD', 'RENAMED', 'Settings', 'is_source_setting', 'DataSource', 'Replay',
+           'read_source_entry', 'read_data_setting', 'DataSettings', 'sources_of', 'MethodSettings', 'TrainSettings',
            'ReportSettings', 'find_contradiction', 'RunConfig', 'near_settings', 'explain_validation_error',
            'current_names', 'make_config', 'parse_override', 'set_options', 'read_yaml', 'load_config', 'dump_config']
 
@@ -23,13 +24,108 @@ class Settings(BaseModel):
     "Base of all settings: unknown names are refused and assignments are checked."
     model_config = ConfigDict(extra='forbid', validate_assignment=True, allow_inf_nan=False, protected_namespaces=())
 
+# %% ../nbs/01_config.ipynb #db485b3e
+def is_source_setting(
+    name: str,           # of a setting
+) -> bool:
+    "True for the settings that a source may have of its own: columns, format, and how its file is read."
+    named = name in ('dataset_format', 'system_prompt', 'encoding', 'max_rows')
+    return name in DataSettings.model_fields and (named or name.endswith(('_column', '_columns')))
+
+class DataSource(Settings):
+    "One of several sources. Its other settings hold for this file alone."
+    model_config = ConfigDict(extra='allow')
+    path: str
+    name: str                        # in reports
+    weight: float | None = None      # share of the training tokens, in proportion to the others; None: every row once
+
+    @property
+    def settings(self) -> dict:
+        "The settings of its own."
+        return dict(self.model_extra or {})
+
+class Replay(Settings):
+    "Rows of an earlier run, against forgetting."
+    run: str                                      # its folder
+    share: float = Field(0.2, gt=0, lt=1)         # of all training tokens
+
+# %% ../nbs/01_config.ipynb #8df41ce5
+def read_source_entry(
+    entry,               # a path, or a mapping with at least `path`
+) -> DataSource:
+    "One entry of `data`; `ConfigError` for what a source cannot have."
+    if isinstance(entry, DataSource): return entry
+    fields = dict(path=entry) if isinstance(entry, (str, Path)) else entry
+    example = 'data=[{path: new.csv, weight: 3}, {path: old.csv, weight: 1}]'
+    if not (isinstance(fields, dict) and isinstance(fields.get('path'), (str, Path)) and str(fields['path'])):
+        raise ConfigError(
+            'a source of data has no path',
+            entry,
+            'a path, or a mapping with a path',
+            f'for example {example}',
+        )
+    fields = {ALIASES.get(name, name) if name != 'name' else name: value for name, value in fields.items()}
+    path, weight = str(fields.pop('path')), fields.pop('weight', None)
+    name = str(fields.pop('name', None) or Path(path).stem)
+    for setting in fields:
+        if is_source_setting(setting): continue
+        allowed = [
+            'path',
+            'name',
+            'weight',
+            *filter(is_source_setting, DataSettings.model_fields),
+        ]
+        near = near_matches(setting, allowed)
+        step = f'did you mean {near[0]}?' if near else f'set {setting} for the whole run, or leave it out'
+        raise ConfigError(
+            f'a source of data cannot have {setting}',
+            fields[setting],
+            ', '.join(allowed),
+            step,
+        )
+    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 < weight < float('inf')
+    if weight is not None and not is_number:
+        raise ConfigError(
+            f'the weight of {name} is no share',
+            weight,
+            'a number above 0',
+            f'for example {example}',
+        )
+    try: checked = DataSettings(**fields)
+    except ValidationError as e: raise explain_validation_error(e.errors()) from None
+    own = {setting: getattr(checked, setting) for setting in fields}
+    return DataSource(path=path, name=name, weight=weight, **own)
+
+def read_data_setting(
+    value,               # of `data`
+):                       # a path, or a list of at least one `DataSource`
+    "One path as it is, several as sources with different names."
+    if isinstance(value, dict): value = [value]
+    if not isinstance(value, (list, tuple)) or not value: return '' if value == [] else value
+    sources = [read_source_entry(entry) for entry in value]
+    if len(sources) == 1 and not sources[0].settings: return sources[0].path
+    unweighted = [source.name for source in sources if source.weight is None]
+    if 0 < len(unweighted) < len(sources):
+        raise ConfigError('some sources have a weight and some have none', ', '.join(unweighted),
+                          'a weight for every source, or for none', f'add weight: 1 to {unweighted[0]}')
+    names = [source.name for source in sources]
+    for i, source in enumerate(sources):
+        if names.count(source.name) == 1: continue
+        given = isinstance(value[i], dict) and value[i].get('name')
+        if given: raise ConfigError('two sources have the same name', source.name, 'names that differ', 'rename one')
+        sources[i] = source.model_copy(update=dict(name=f'{source.name}-{names[:i + 1].count(source.name)}'))
+    return sources
+
 # %% ../nbs/01_config.ipynb #9768fb18
 DATASET_FORMATS = ('auto', 'conversational', 'instruction', 'prompt_completion', 'classification', 'preference', 'kto', 'text')
 
 class DataSettings(Settings):
     "Which model, which data, and how rows become examples."
     model: str = Field('embedded', description='base model: folder, Hub id, or embedded')
-    data: str = Field('', description='CSV, JSON, JSONL or Parquet file, or a saved datasets folder')
+    data: str | list[DataSource] = Field('',
+        description='CSV, JSON, JSONL or Parquet file, or a saved datasets folder; several: a list of sources')
+    replay: Replay | None = Field(None,
+        description='rows of an earlier run against forgetting, such as {run: runs/OLD, share: 0.2}')
     test_data: str | None = Field(None,
         description='file that only the final evaluation sees; else half of the rows held out')
     dataset_format: Literal[DATASET_FORMATS] = Field('auto',
@@ -68,11 +164,40 @@ class DataSettings(Settings):
     chat_template: str | None = Field(None,
         description='Jinja file that replaces the chat template of the tokenizer')
 
+    @field_validator('data', mode='before')
+    @classmethod
+    def _sources(cls, value):
+        "One path, or checked sources."
+        return read_data_setting(value)
+
+    @field_validator('replay', mode='before')
+    @classmethod
+    def _replay(cls, value):
+        "The folder of a run alone has the usual share."
+        return dict(run=value) if isinstance(value, str) else value
+
     @field_validator('text_columns', 'ignored_keys', mode='before')
     @classmethod
     def _one_column(cls, value):
         "A single name is a list of one."
         return [value] if isinstance(value, str) and value else value
+
+# %% ../nbs/01_config.ipynb #925e1e12
+def sources_of(
+    config,              # a `RunConfig`
+) -> list:               # of (`DataSource`, the settings that hold for it)
+    "The sources of a run. One that names columns or a format of its own does not take those of the run."
+    if isinstance(config.data, str): return [(DataSource(path=config.data, name=Path(config.data).stem), config)]
+    pairs = []
+    for source in config.data:
+        own = source.settings
+        if any(name not in ('system_prompt', 'encoding', 'max_rows') for name in own):
+            columns = [name for name in DataSettings.model_fields if name.endswith(('_column', '_columns'))]
+            unset = {name: DataSettings.model_fields[name].default for name in ('dataset_format', *columns)}
+            own = unset | own
+        if len(config.data) > 1: own = own | dict(replay=None)
+        pairs.append((source, config.model_copy(update=dict(data=source.path) | own)))
+    return pairs
 
 # %% ../nbs/01_config.ipynb #b6af5554
 ADDED_LATER = ('context_column', 'near_duplicates', 'system_column', 'history_column', 'tools_column', 'choices_column',
