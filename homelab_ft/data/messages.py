@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from ..config import RunConfig, set_options
-from ..core import DataError, HomelabError
+from ..core import DataError
 from .load import first_rows, is_missing
 from ..table import Table
 
