@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..core import ConfigError, DataError, ModelError, embedded_model, model_path
 from .render import (
-    ANSWER, EMPTY_BLOCK, QUESTION, SAMPLE_TOOL, call_style, render, roles_of, sample_call, sample_messages, template_hint)
+    ANSWER, EMPTY_BLOCK, QUESTION, call_style, render, roles_of, sample_call, sample_messages, template_hint)
 from ..table import Table
 
 # %% ../../nbs/data/06_chat_template.ipynb #e037d457

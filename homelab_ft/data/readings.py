@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'DatasetFormat', 'what_is_learned', 'answer_readings', 'clas
 # %% ../../nbs/data/02_readings.ipynb #85a2a7c5
 from dataclasses import dataclass, field, replace
 
-from ..config import RunConfig, set_options
+from ..config import RunConfig
 from .columns import (
     ColumnMeanings, Columns, answer_columns, find_choice, message_columns, prompts_for, read_choices, read_name, split_name,
     truth_of, without_codes, word_means)
