@@ -32,7 +32,12 @@ def tokenizer_path(
     if not folder.is_dir(): return model_path(model)
     if any((folder / name).exists() for name in TOKENIZER_FILES): return str(folder)
     allowed, step = ' or '.join(TOKENIZER_FILES), "copy the tokenizer's files into it"
-    raise ModelError('the model folder has no tokenizer', value=folder, allowed=allowed, next_step=step)
+    raise ModelError(
+        'the model folder has no tokenizer',
+        value=folder,
+        allowed=allowed,
+        next_step=step,
+    )
 
 # %% ../../nbs/data/06_chat_template.ipynb #b710ea94
 def read_template(
@@ -77,7 +82,11 @@ def no_template(
 ) -> ModelError:
     "The error for a tokenizer without a chat template."
     step = 'set chat_template=FILE, a Jinja template for this model'
-    return ModelError('the tokenizer has no chat template', value=model, next_step=step)
+    return ModelError(
+        'the tokenizer has no chat template',
+        value=model,
+        next_step=step,
+    )
 
 # %% ../../nbs/data/06_chat_template.ipynb #b48e71f4
 def token_ids(
@@ -261,7 +270,11 @@ def reasoning_notes(
         if message is last or message.get('keep_reasoning'):
             which = 'an earlier answer' if message is not last else 'an answer'
             step = 'set reasoning_history=template' if message is not last else 'set reasoning=think_tags or reasoning=drop'
-            raise ModelError(f'the chat template leaves out the reasoning of {which} (reasoning_content)', thought, next_step=step)
+            raise ModelError(
+                f'the chat template leaves out the reasoning of {which} (reasoning_content)',
+                value=thought,
+                next_step=step,
+            )
         notes.append('reasoning of earlier answers: left out by the chat template')
     return list(dict.fromkeys(notes))
 

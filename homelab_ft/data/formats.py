@@ -147,7 +147,12 @@ def check_reading(
     for setting, value in columns.named.items():
         if getattr(f, setting) == value: continue
         step = f'leave out {setting}, or set another dataset_format'
-        raise DataError(f'{setting} is not read in the format {f.kind}', value, ', '.join(f.columns), step)
+        raise DataError(
+            f'{setting} is not read in the format {f.kind}',
+            value=value,
+            allowed=', '.join(f.columns),
+            next_step=step,
+        )
     holds_prompt = lambda value: looks_like_messages(value) or is_transcript(value)
     begins_with_prompt = any(map(holds_prompt, columns.values(f.chosen_column))) if f.kind == 'preference' else True
     if not (f.prompt_column or begins_with_prompt):
@@ -238,7 +243,12 @@ def read_choice(
     letter = find_choice(row.get(f.completion_column), choices)
     if letter is None:
         allowed = ', '.join(f'{letter}: {text}' for letter, text in choices.items()) or 'a list of choices'
-        raise DataError('the answer is none of the choices', row.get(f.completion_column), allowed, 'mend or remove the row')
+        raise DataError(
+            'the answer is none of the choices',
+            value=row.get(f.completion_column),
+            allowed=allowed,
+            next_step='mend or remove the row',
+        )
     return '\n'.join(f'{letter}. {text}' for letter, text in choices.items()), f'{letter}. {choices[letter]}'
 
 def read_question(
@@ -306,7 +316,12 @@ def finish_messages(
     in_messages = next((m['content'] for m in messages if m['role'] == 'system'), '')
     if system and in_messages and system.strip() != in_messages.strip():
         step = 'mend the row, or --set system_column=""'
-        raise DataError('two system prompts, in the messages and in a column', system, in_messages, step)
+        raise DataError(
+            'two system prompts, in the messages and in a column',
+            value=system,
+            allowed=in_messages,
+            next_step=step,
+        )
     if system and not in_messages: messages = [dict(role='system', content=system), *messages]
     tools = read_tools(row.get(f.tools_column)) if f.tools_column else []
     messages = link_calls(messages)

@@ -102,7 +102,12 @@ def to_json(
     "JSON as a person writes it; `DataError` for what JSON cannot hold."
     try: return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
-        raise DataError('a value that is no JSON', type(value).__name__, 'text, numbers, lists, objects', 'mend the row') from None
+        raise DataError(
+            'a value that is no JSON',
+            value=type(value).__name__,
+            allowed='text, numbers, lists, objects',
+            next_step='mend the row',
+        ) from None
 
 def from_json(
     text: str,           # perhaps JSON
@@ -111,7 +116,12 @@ def from_json(
     "The value in a text; `DataError` if it is no JSON."
     try: return json.loads(text)
     except (ValueError, RecursionError):
-        raise DataError(f'{what} that is no JSON', text[:200], 'JSON', 'mend the row') from None
+        raise DataError(
+            f'{what} that is no JSON',
+            value=text[:200],
+            allowed='JSON',
+            next_step='mend the row',
+        ) from None
 
 def read_part(
     part,                # of a list of parts: a text or an object
@@ -121,11 +131,21 @@ def read_part(
     kind = part.get('type', 'text')
     if kind not in TEXT_PARTS:
         allowed = 'parts of type text'
-        raise DataError(f'a message with a part that is no text: {kind}', kind, allowed, 'remove the row, or the part')
+        raise DataError(
+            f'a message with a part that is no text: {kind}',
+            value=kind,
+            allowed=allowed,
+            next_step='remove the row, or the part',
+        )
     text = part.get('text', part.get(kind))
     if is_missing(text): return ''
     if isinstance(text, str): return text
-    raise DataError(f'a part whose text is a {type(text).__name__}', text, '{"type": "text", "text": "..."}', 'mend the row')
+    raise DataError(
+        f'a part whose text is a {type(text).__name__}',
+        value=text,
+        allowed='{"type": "text", "text": "..."}',
+        next_step='mend the row',
+    )
 
 def read_content(
     value,               # as it stands in the file
@@ -175,7 +195,12 @@ def read_arguments(
     if isinstance(value, str) and value.strip(): value = from_json(value, 'a tool call with arguments')
     if is_missing(value) or value == '': return {}
     if isinstance(value, dict): return value
-    raise DataError('a tool call whose arguments are no object', value, CALL, 'mend the row')
+    raise DataError(
+        'a tool call whose arguments are no object',
+        value=value,
+        allowed=CALL,
+        next_step='mend the row',
+    )
 
 def read_call(
     call,                # OpenAI's form, or a bare name with arguments
@@ -192,7 +217,12 @@ def read_call(
     unknown = [key for key in [*call, *body] if key not in known]
     if unknown: raise DataError(f'a tool call with an unknown key: {unknown[0]}', call, CALL, 'remove the key or the row')
     if call.get('type', 'function') != 'function':
-        raise DataError('a tool call that is no function', call['type'], 'function', 'remove the row')
+        raise DataError(
+            'a tool call that is no function',
+            value=call['type'],
+            allowed='function',
+            next_step='remove the row',
+        )
     read = {'id': str(call['id'])} if 'id' in call else {}
     return read | {'type': 'function', 'function': dict(name=body['name'], arguments=read_arguments(arguments))}
 
@@ -250,7 +280,12 @@ def one_of(
     values = [message[name] for name in names if name in message and message[name] != '']
     if any(value != values[0] for value in values):
         both = ' and '.join(name for name in names if name in message)
-        raise DataError(f'a message with {both}, which differ', values, 'one of them', 'mend the row')
+        raise DataError(
+            f'a message with {both}, which differ',
+            value=values,
+            allowed='one of them',
+            next_step='mend the row',
+        )
     return values[0] if values else None
 
 # %% ../../nbs/data/02_messages.ipynb #fb39ddb5
@@ -265,10 +300,20 @@ def is_learned(
         if name not in message: continue
         truth = TRUTH.get(str(message[name]).strip().lower())
         if truth is None:
-            raise DataError(f'{name} of a message is neither 0 nor 1', message[name], '0, 1, true, false', 'mend the row')
+            raise DataError(
+                f'{name} of a message is neither 0 nor 1',
+                value=message[name],
+                allowed='0, 1, true, false',
+                next_step='mend the row',
+            )
         if truth and role != 'assistant':
             step = f'remove it, or {set_options({"ignored_keys": [name]})}'
-            raise DataError(f'{name} asks for loss on a message of {role}', message[name], 'loss on the assistant only', step)
+            raise DataError(
+                f'{name} asks for loss on a message of {role}',
+                value=message[name],
+                allowed='loss on the assistant only',
+                next_step=step,
+            )
         if not truth: return False
     return True
 
@@ -277,7 +322,12 @@ def unknown_role(
     role,                # as it stands in the file
 ) -> DataError:
     "The error for a role that nobody knows."
-    return DataError('a message with an unknown role', role, ', '.join([*ROLES, *CALLERS]), 'rename the role or remove the row')
+    return DataError(
+        'a message with an unknown role',
+        value=role,
+        allowed=', '.join([*ROLES, *CALLERS]),
+        next_step='rename the role or remove the row',
+    )
 
 def read_message(
     message,                 # one message of a conversation, as it stands in the file
@@ -285,7 +335,12 @@ def read_message(
 ) -> dict:                   # in the form of the table above
     "One message, from `role`/`content` or ShareGPT's `from`/`value`."
     if not isinstance(message, dict):
-        raise DataError('a message that is no object', message, '{"role": ..., "content": ...}', 'mend the row')
+        raise DataError(
+            'a message that is no object',
+            value=message,
+            allowed='{"role": ..., "content": ...}',
+            next_step='mend the row',
+        )
     given = known_keys(message, reading or Reading())
     name = str(one_of(given, WHO)).lower()
     role = 'assistant' if name in CALLERS else ROLES.get(name)
@@ -301,7 +356,12 @@ def read_message(
     if tools := read_tools(given.get('tools')): read['tools'] = tools
     if role != 'assistant' and (calls or thought):
         what = 'tool calls' if calls else 'reasoning'
-        raise DataError(f'a message of {role} with {what}', message, f'{what} of the assistant', 'mend the row')
+        raise DataError(
+            f'a message of {role} with {what}',
+            value=message,
+            allowed=f'{what} of the assistant',
+            next_step='mend the row',
+        )
     if not is_learned(given, role) and role == 'assistant': read['loss'] = False
     return read
 
@@ -314,7 +374,8 @@ def link_calls(
     for message in messages:
         before = linked[-1] if linked else {}
         is_call = message['role'] == 'assistant' and 'tool_calls' in message and not message['content']
-        continues = before.get('role') == 'assistant' and before.keys() <= {'role', 'content', 'reasoning_content', 'tool_calls'}
+        is_answer = before.get('role') == 'assistant'
+        continues = is_answer and before.keys() <= {'role', 'content', 'reasoning_content', 'tool_calls'}
         if is_call and continues and message.keys() == {'role', 'content', 'tool_calls'}:
             before['tool_calls'] = before.get('tool_calls', []) + message['tool_calls']
             message = linked.pop()
@@ -372,7 +433,12 @@ def end_at_answer(
     while messages and (messages[-1]['role'] != 'assistant' or 'loss' in messages[-1]): messages.pop()
     if messages and len(messages) < n_messages: reading.note(reading.cut)
     if messages or not answers or all(map(is_empty, answers)): return messages
-    raise DataError('a conversation in which no answer has loss', 'weight, train or loss is 0', 'one answer with loss', 'remove the row')
+    raise DataError(
+        'a conversation in which no answer has loss',
+        value='weight, train or loss is 0',
+        allowed='one answer with loss',
+        next_step='remove the row',
+    )
 
 # %% ../../nbs/data/02_messages.ipynb #a59e7621
 SPEAKER = re.compile(r'(?:^|\n\n)(Human|Assistant|System):[ ]?')

@@ -8,7 +8,7 @@ __all__ = ['SAMPLE_TOOL', 'TEMPLATE_ERRORS', 'EMPTY_BLOCK', 'QUESTION', 'ANSWER'
            'render', 'leaves_out', 'style_for', 'empty_block', 'with_empty_blocks', 'sample_messages']
 
 # %% ../../nbs/data/06_render.ipynb #10c3608f
-import re
+import json, re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -35,7 +35,11 @@ def template_hint(
 # %% ../../nbs/data/06_render.ipynb #cc0d6d0f
 SAMPLE_TOOL = {'type': 'function', 'function': {
     'name': 'look_up', 'description': 'Look up a flower.',
-    'parameters': {'type': 'object', 'properties': {'flower': {'type': 'string', 'description': 'Its name.'}}, 'required': ['flower']}}}
+    'parameters': {
+        'type': 'object',
+        'properties': {'flower': {'type': 'string', 'description': 'Its name.'}},
+        'required': ['flower'],
+    }}}
 
 def sample_call(
     *flowers: str,       # one call for each
@@ -138,7 +142,9 @@ def left_out(
     def is_there(value):
         "Whether the text holds a value, as it is or as JSON writes it."
         bare = value.strip()
-        return bare in text or to_json(bare)[1:-1] in text or to_json(bare).encode('ascii', 'backslashreplace').decode()[1:-1] in text
+        as_json = to_json(bare)[1:-1]
+        as_ascii = json.dumps(bare)[1:-1]
+        return any(form in text for form in (bare, as_json, as_ascii))
     for tool in messages[0].get('tools', ()):
         if tool['function']['name'] not in text: return f'the tools, such as {tool["function"]["name"]}'
     for message in messages:
@@ -216,7 +222,10 @@ def with_empty_blocks(
 ) -> list:
     "The conversation with empty reasoning in calls that have none, where the template writes an empty block."
     last_question = max((i for i, m in enumerate(messages) if m['role'] == 'user'), default=0)
-    def is_bare_call(i, m): return i > last_question and 'tool_calls' in m and not m.keys() & {'reasoning_content', 'empty_reasoning'}
+    def is_bare_call(i, m):
+        "True for a call behind the last question that says nothing about reasoning."
+        says_more = m.keys() & {'reasoning_content', 'empty_reasoning'}
+        return i > last_question and 'tool_calls' in m and not says_more
     if not any(is_bare_call(i, m) for i, m in enumerate(messages)): return messages
     if not empty_block(tok, tok.get_chat_template()): return messages
     return [m | dict(reasoning_content='\n') if is_bare_call(i, m) else m for i, m in enumerate(messages)]

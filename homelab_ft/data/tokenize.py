@@ -108,7 +108,11 @@ def load_cache(
     "Read a cache back and check its fingerprint; raises `DataError` if the file is missing, torn or altered."
     from safetensors import SafetensorError, safe_open
     if not Path(path).is_file():
-        raise DataError('there is no such token cache', value=path, next_step='prepare the data')
+        raise DataError(
+            'there is no such token cache',
+            value=path,
+            next_step='prepare the data',
+        )
     try:
         with safe_open(str(path), framework='np') as f:
             arrays = {name: f.get_tensor(name) for name in f.keys()}
@@ -207,8 +211,9 @@ def message_texts(
 ):                       # yields texts
     "All texts in a message, at any depth."
     if isinstance(message, str): yield message
-    elif isinstance(message, dict): yield from (text for pair in message.items() for part in pair for text in message_texts(part))
-    elif isinstance(message, list): yield from (text for part in message for text in message_texts(part))
+    elif isinstance(message, dict): yield from message_texts([*message, *message.values()])
+    elif isinstance(message, list):
+        for part in message: yield from message_texts(part)
 
 # %% ../../nbs/data/07_tokenize.ipynb #c87da6a0
 def conversations_of(
@@ -241,7 +246,8 @@ def tokenize_examples(
         except HomelabError as error:
             refused[example.row] = error
             continue
-        for note in {note for e in sequences for note in getattr(e, 'notes', ())}: notes.setdefault(note, []).append(example.row)
+        said = {note for e in sequences for note in getattr(e, 'notes', ())}
+        for note in said: notes.setdefault(note, []).append(example.row)
         sequences = list(map(tuple, sequences))
         length = max(len(ids) for ids, _ in sequences)
         cut = [(ids[:max_length], mask[:max_length]) for ids, mask in sequences]
