@@ -18,7 +18,8 @@ from statistics import median
 from ..config import DataSettings, RunConfig, set_options
 from ..core import DataError, near_matches, package_file
 from .load import is_missing
-from .messages import is_answers, is_conversation, is_pairs, read_tools
+from .messages import is_answers, is_conversation, is_pairs
+from .parts import read_tools
 
 # %% ../../nbs/data/02_columns.ipynb #5ecffba4
 @lru_cache(1)

@@ -19,7 +19,8 @@ from homelab_ft.data.columns import (
 from .load import error_prefix
 from .messages import (
     Reading, apply_reasoning, check_refused, end_at_answer, is_conversation, is_transcript, link_calls, read_cell,
-    read_messages, read_tools, reading_of)
+    read_messages, reading_of)
+from .parts import read_tools
 from .readings import (
     KINDS, DatasetFormat, answer_readings, choice_reading, class_readings, completion_reading, judged_reading, possible_formats,
     preference_reading, readings_as, text_reading, what_is_learned)

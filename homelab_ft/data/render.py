@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..core import ModelError
-from .messages import to_json
+from .parts import to_json
 from ..io import fingerprint
 
 # %% ../../nbs/data/06_render.ipynb #e42f4ad2
