@@ -15,7 +15,8 @@ import argparse, os, re, shutil, subprocess, sys, tempfile, textwrap, warnings
 
 from . import __version__
 from .core import ConfigError, HomelabError, near_matches
-from .config import ALIASES, INSTEAD, RunConfig, current_names, load_config, parse_override
+from .config import RunConfig, current_names, load_config, parse_override
+from .setting_names import ALIASES, INSTEAD
 from .progress import silence_other_bars
 from .train.run_folder import COMMANDS, open_run, send, status
 

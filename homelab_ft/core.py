@@ -105,6 +105,7 @@ class Example:
     row: int = 0            # number of the row in the file, from 1
     rejected: str = None    # the worse answer, for preference data
     rejected_message: dict = None    # the worse answer if it has reasoning or tool calls
+    group: str = None       # value of `group_column`: equal ones stay on one side of the split
 
     @property
     def prompt(self) -> str:

@@ -4,20 +4,18 @@
 
 # %% auto #0
 __all__ = ['FEW', 'ADDED_LATER', 'first_example', 'person_to_ask', 'Preview', 'check_paths', 'preview_file', 'read_preview',
-           'Source', 'read_source', 'Division', 'divide', 'part_name', 'rows_table', 'example_table',
-           'input_fingerprint', 'build_prepared', 'ReadSource', 'divide_sources', 'build_mixed', 'describe_prepared',
-           'prepare']
+           'Source', 'read_source', 'part_name', 'rows_table', 'example_table', 'input_fingerprint', 'build_prepared',
+           'ReadSource', 'divide_sources', 'build_mixed', 'describe_prepared', 'prepare']
 
 # %% ../../nbs/data/09_prepare.ipynb #3f1dc7a8
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..config import DataSettings, RunConfig, sources_of
+from ..config import CleaningSettings, DataSettings, RunConfig, sources_of
 from ..core import ConfigError, DataError, Example
 from .chat_template import Encoded, check_template, load_tokenizer, show_loss_mask
 from .clean import CleaningReport, clean, is_blank
-from .dedup import normalise
 from .columns import columns_of
 from .formats import DatasetFormat, detect_format, read_examples, to_examples, truth_of
 from .load import error_prefix, is_missing, load_rows, source_fingerprint
@@ -25,7 +23,7 @@ from .messages import Reading, message_tables, reading_of
 from .mix import as_mixed, mix_sources, read_replay, replay_folder, select_rows, test_as_mixed
 from .preference import check_objective
 from .prepared import PARTS, Prepared, load_prepared, read_manifest, save_prepared
-from .split import apart, check_labels, divide_rows, refuse_division
+from .split import Division, accuracy_margin, divide, set_groups, take_group_column
 from .tokenize import TokenCache, Tokenized, check_token_ids, tokenize_examples, tokenizer_fingerprint
 from .views import ask_reading, first_lines, shorten_parts, show_example, wrap
 from ..io import fingerprint
@@ -103,7 +101,7 @@ def preview_file(
         "Ask, and remember the answer."
         chosen.append(choose(readings))
         return chosen[-1]
-    dataset_format = detect_format(rows, config, choose and ask)
+    dataset_format = detect_format(take_group_column(rows, config.group_column)[0], config, choose and ask)
     if chosen: config = config.model_copy(update=chosen[0].settings)
     good = [truth_of(row.get(dataset_format.label_column)) for row in rows].count(True)
     log(first_lines(dataset_format, len(rows), config.objective, good if dataset_format.kind == 'kto' else None))
@@ -154,8 +152,10 @@ def read_source(
     config: RunConfig,                     # the settings
     tok,                                   # tokenizer
     dataset_format: DatasetFormat = None,  # of the training file; None: detected
+    spellings: dict = None,                # of labels in the training file; None: found here
 ) -> Source:
     "Clean and tokenize the rows of one file."
+    rows, values = take_group_column(rows, config.group_column)
     dataset_format = dataset_format or detect_format(rows, config)
     columns = columns_of(rows)
     missing = [c for c in dataset_format.columns if c not in columns]
@@ -169,7 +169,7 @@ def read_source(
     check_objective(config, dataset_format.kind)
     if dataset_format.kind != 'text': check_template(tok)
     read, reading = read_examples(rows, dataset_format, config)
-    examples, cleaning = clean(read)
+    examples, cleaning = clean(set_groups(read, values), config, spellings)
     tokenized = tokenize_examples(examples, tok, config.max_length, config.overlong_rows)
     return Source(
         dataset_format=dataset_format,
@@ -182,37 +182,6 @@ def read_source(
         missing={c: n for c in dataset_format.columns if (n := sum(is_missing(v := row.get(c)) or v == '' for row in rows))},
     )
 
-# %% ../../nbs/data/09_prepare.ipynb #17e3b1d9
-@dataclass
-class Division:
-    "Examples by part, and how many rows of the training file are in none."
-    parts: dict          # part -> `Example`s
-    in_test: int         # rows that are also in the test file
-    rare: int            # rows with a label that occurs once
-
-def divide(
-    source: Source,       # the training file
-    test: Source,         # the test file, or None
-    config: RunConfig,    # the settings
-) -> Division:
-    "Leave out what may not be trained on, and split the rest."
-    in_test = {normalise(e.prompt) for e in test.examples} if test else set()
-    allowed = [e for e in source.examples if normalise(e.prompt) not in in_test]
-    if not allowed:
-        raise DataError(
-            'every row of data is also in test_data',
-            value=f'{len(source.examples)} rows',
-            next_step='give another test_data',
-        )
-    used = check_labels(allowed, config.rare_labels)
-    groups = source.groups if config.near_duplicates == 'together' else apart(used)
-    try: parts = divide_rows(used, groups, config.eval_fraction, config.seed, bool(test))
-    except DataError:
-        copies = len(source.cleaning.rows('duplicate'))
-        raise refuse_division(used, groups, config, bool(test), copies) from None
-    if test: parts['test'] = test.examples
-    return Division(parts, in_test=len(source.examples) - len(allowed), rare=len(allowed) - len(used))
-
 # %% ../../nbs/data/09_prepare.ipynb #65409975
 FEW = 10     # test rows; with fewer, an interval covers almost everything
 
@@ -220,8 +189,10 @@ def part_name(
     part: str,            # train, validation or test
     n: int,               # its rows
 ) -> str:
-    "The part, and what is wrong with a test of few rows."
-    return f'test (under {FEW}: too few to show a difference)' if part == 'test' and n < FEW else part
+    "The part, and how certain an accuracy on a test of so many rows is."
+    if part != 'test': return part
+    if n < FEW: return f'test (under {FEW}: too few to show a difference)'
+    return f'test (an accuracy of 80 % is certain to ± {100 * accuracy_margin(n):.0f} points)'
 
 def rows_table(
     source: Source,       # the training file
@@ -235,6 +206,8 @@ def rows_table(
         'dropped: cannot be used, see below': len(source.reading.refused) + len(source.tokenized.refused),
         'dropped: judged not good, or not judged': source.n_rows - source.cleaning.rows_in - len(source.reading.refused),
         'dropped: also in test_data': division.in_test,
+        'dropped: almost the same in test_data': division.near_test,
+        'dropped: their group is in test_data': division.group_test,
         'dropped: a label that occurs once': division.rare,
         'in the test, with a label that training never shows': len(unknown),
     }
@@ -274,7 +247,8 @@ def input_fingerprint(
     if len(sources) == 1: config = sources[0][1]
     settings = config.model_dump(include={*DataSettings.model_fields, 'seed'}, exclude={*paths})
     settings['layout'] = settings.pop('dataset_format')         # the fingerprints of older runs stay valid
-    for name in ADDED_LATER:
+    settings |= config.model_dump(include={*CleaningSettings.model_fields})
+    for name in (*ADDED_LATER, 'group_column', *CleaningSettings.model_fields):
         if settings[name] == RunConfig.model_fields[name].default: del settings[name]
     if len(sources) > 1: settings['sources'] = [source.model_dump(exclude={'path'}) for source, _ in sources]
     if config.replay:
@@ -298,7 +272,9 @@ def build_prepared(
     source, test = read_source(preview.rows, config, tok, preview.dataset_format), None
     if config.test_data is not None:
         with error_prefix('test_data'):
-            test = read_source(load_rows(config.test_data, config.encoding), config, tok, source.dataset_format)
+            spellings = {change.before: change.after for change in source.cleaning.changes('label_spelling')}
+            rows = load_rows(config.test_data, config.encoding)
+            test = read_source(rows, config, tok, source.dataset_format, spellings or None)
     division = divide(source, test, config)
     parts, rejected = {}, {}
     for part, examples in division.parts.items():
@@ -308,7 +284,7 @@ def build_prepared(
         if others: rejected[f'{part}_rejected'] = others[0]
     kind = source.dataset_format.kind
     labels = {e.label for examples in division.parts.values() for e in examples}
-    report = [rows_table(source, division, parts), source.cleaning.table()]
+    report = [rows_table(source, division, parts), *source.cleaning.tables()]
     report += [source.tokenized.table(), source.dataset_format.table(), *message_tables(source.reading, source.tokenized.refused)]
     if kind != 'text': report.append(check_template(tok).table())
     report.append(example_table(parts['train'], tok))
@@ -382,7 +358,7 @@ def build_mixed(
     for one in read:
         tables = [
             rows_table(one.source, one.division, {}),
-            one.source.cleaning.table(),
+            *one.source.cleaning.tables(),
             one.source.tokenized.table(),
         ]
         tables += message_tables(one.source.reading, one.source.tokenized.refused)
