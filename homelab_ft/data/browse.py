@@ -11,7 +11,7 @@ from collections import Counter
 from functools import cached_property
 from pathlib import Path
 
-from ..core import Example
+from ..core import Example, message_text
 from .cleaned import read_one
 from .decisions import REPAIR_KINDS, Decision, load_decisions, match_decisions, repair_as_decided, row_key, save_decisions, with_label
 from .dedup import normalise
@@ -45,7 +45,7 @@ def texts_of_row(
     example: Example,    # a row
 ) -> list:               # (role, text)
     "What the row says, rejected answer included."
-    texts = [(m['role'], str(m.get('content') or '')) for m in example.messages]
+    texts = [(m['role'], message_text(m)) for m in example.messages]
     return texts + [('rejected', example.rejected)] * (example.rejected is not None)
 
 def side_by_side(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..config import RunConfig
 from ..core import ConfigError, DataError, Example
-from .formats import DatasetFormat, to_examples
+from .formats import DatasetFormat, read_examples
 from .load import first_rows
 from .stats import OpenedFile, notes_by_row
 from ..io import write_atomic
@@ -91,7 +91,7 @@ def read_one(
     config: RunConfig,   # how messages are read
 ) -> Example:            # None if a run would not use it
     "A row as an example."
-    try: examples = to_examples([row], f, config.system_prompt)
+    try: examples, _ = read_examples([row], f, config)
     except DataError: return None
     return examples[0] if examples else None
 

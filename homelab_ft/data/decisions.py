@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from ..config import RunConfig
-from ..core import DataError, Example
+from ..core import DataError, Example, message_text
 from .clean import REPAIRS, clean, run_repair
 from .dedup import connected, near_duplicate_pairs, written_texts
 from .findings import Change, make_finding
@@ -34,7 +34,7 @@ def row_key(
     example: Example,    # before cleaning
 ) -> str:                # 16 hexadecimal digits
     "A fingerprint of what the row says."
-    texts = [[message['role'], str(message.get('content'))] for message in example.messages]
+    texts = [[message['role'], message_text(message)] for message in example.messages]
     return fingerprint([texts, example.rejected])[:16]
 
 # %% ../../nbs/data/03_decisions.ipynb #ecac69cd

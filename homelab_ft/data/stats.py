@@ -78,6 +78,8 @@ def notes_by_row(
     notes = {}
     for finding in source.cleaning.findings:
         for change in finding.changes: notes.setdefault(change.row, []).append(note_of(change))
+    refused = {**source.reading.refused, **source.tokenized.refused}
+    for row, error in refused.items(): notes.setdefault(row, []).append(f'cannot be used: {getattr(error, "what", error)}')
     for row in source.tokenized.control: notes.setdefault(row, []).append('dropped: the text of a special token')
     for row in source.tokenized.too_long: notes.setdefault(row, []).append('dropped: no answer to learn from')
     return notes
@@ -407,6 +409,8 @@ def check_file(
     unused = source.n_rows - stats.used
     changes = [change for finding in source.cleaning.findings for change in finding.changes]
     why = counted(changes, 'dropped')
+    refused = len(source.reading.refused) + len(source.tokenized.refused)
+    if refused: why += f'{", " * bool(why)}{refused:,} cannot be used (data show names the reason)'
     if source.tokenized.control: why += f'{", " * bool(why)}{len(source.tokenized.control)} with special tokens'
     tokens = f'{stats.tokens:,}, {stats.loss_tokens / stats.tokens:.0%} with loss'
     lengths = f'rows of {stats.shortest} to {stats.longest}, median {stats.median:.0f}'
