@@ -29,7 +29,7 @@ DATASET_FORMATS = ('auto', 'conversational', 'instruction', 'prompt_completion',
 class DataSettings(Settings):
     "Which model, which data, and how rows become examples."
     model: str = Field('embedded', description='base model: folder, Hub id, or embedded')
-    data: str = Field('', description='CSV, JSON, JSONL or Parquet file, or a saved datasets folder')
+    data: str = Field('', description='file, folder or pattern: CSV, Excel, JSON, JSONL, Parquet, Arrow, text; or a Hub dataset')
     test_data: str | None = Field(None,
         description='file that only the final evaluation sees; else half of the rows held out')
     dataset_format: Literal[DATASET_FORMATS] = Field('auto',
@@ -45,6 +45,13 @@ class DataSettings(Settings):
     rejected_column: str | None = Field(None, description='preference: column with the worse answer')
     system_prompt: str | None = Field(None, description='put before every example that has none')
     encoding: str = Field('utf-8', description='encoding of the text file')
+    csv_delimiter: Literal['auto', ',', ';', 'tab', '|'] = Field('auto',
+        description='CSV: what separates the fields; auto: found from the first rows')
+    csv_header: Literal['auto'] | bool = Field('auto',
+        description='CSV, Excel: the first row names the columns; auto: found from the first rows')
+    excel_sheet: str | None = Field(None, description='Excel: the sheet to read; else the first one with rows')
+    max_bad_rows: float = Field(0.01, ge=0,
+        description='unreadable rows to set aside: below 1 a share of the rows, else how many')
     max_rows: int | None = Field(None, ge=10, description='use at most so many rows, drawn evenly with seed')
     eval_fraction: float = Field(0.15, gt=0, lt=0.9, description='share of the rows held out from training')
     max_length: int = Field(512, ge=16, description='longest example, in tokens')
@@ -185,6 +192,9 @@ SAME_AS = dict(         # setting -> its names elsewhere
     completion_column='answer_column output_column response_column',
     system_prompt='system system_message default_system',
     max_rows='max_samples max_train_samples',
+    csv_delimiter='delimiter sep separator',
+    csv_header='header',
+    excel_sheet='sheet sheet_name',
     max_length='max_seq_length max_seq_len max_sequence_length seq_len seq_length sequence_len cutoff_len',
     lora_r='lora_rank rank r',
     lora_alpha='alpha',
