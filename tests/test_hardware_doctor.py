@@ -1,4 +1,7 @@
 "Every fault that the doctor knows, on facts of a machine that has it: what it says, and that there is a cure."
+import subprocess
+import sys
+
 import pytest
 
 from homelab_ft.core import GiB
@@ -66,3 +69,11 @@ def test_fault(fault):
 def test_this_machine_has_what_the_package_asks_for():
     facts = collect_facts('nowhere/runs')
     assert facts.outside == {} and facts.torch_error is None and facts.bitsandbytes_error is None and facts.ram_total > 0
+
+
+def test_nothing_but_the_diagnosis_is_printed():
+    "In a process of its own: a library's first import logs once."
+    pytest.importorskip('bitsandbytes')
+    command = [sys.executable, '-c', 'from homelab_ft.hardware.doctor import look_at_torch, Facts; f = Facts(); look_at_torch(f); print(f.bitsandbytes_error)']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == 'None\n' and done.stderr == ''

@@ -115,6 +115,20 @@ def test_data_that_a_run_would_refuse_are_refused(capsys, tmp_path):
     assert main(['plan', '--data', 'no.csv']) == 2 and 'no such file' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('model', [(), LLAMA], ids=['counted', 'estimated'])
+def test_data_of_near_duplicates_are_planned_as_a_run_would_divide_them(capsys, tmp_path, model):
+    asked = ['Wo ist mein Paket {}?', 'Wie ändere ich mein Passwort, Konto {}?', 'Warum wurde zweimal abgebucht, Rechnung {}?', 'Wann öffnet der Laden {}?']
+    answers = ['Es liegt im Lager {}.', 'Unter Konto, dann Sicherheit, Nummer {}.', 'Wir erstatten Rechnung {}.', 'Um neun Uhr, Laden {}.']
+    rows = [dict(prompt=asked[i % 4].format(i), completion=answers[i % 4].format(i)) for i in range(240)]
+    path = tmp_path / 'near.jsonl'
+    path.write_text('\n'.join(map(json.dumps, rows)))
+    options = ['plan', *model, '--gib', '24', '--data', str(path)]
+    assert main(options) == 2
+    assert '--set near_duplicates=apart' in capsys.readouterr().err
+    assert main([*options, '--set', 'near_duplicates=apart']) == 0
+    assert ' rows × ' in capsys.readouterr().out
+
+
 def test_total_and_free_ram_are_told_apart(capsys):
     code, text = printed(capsys)
     assert code == 0 and ' GiB RAM' in text.splitlines()[0]

@@ -9,7 +9,7 @@ __all__ = ['PACKAGES', 'CUDA_TORCH', 'OLDER_CUDA_TORCH', 'INSTALL_DRIVER', 'CHEC
            'check_gpu_memory', 'check_ram', 'check_disk_space', 'check_system', 'Diagnosis', 'diagnose']
 
 # %% ../../nbs/hardware/05_doctor.ipynb #d72bb315
-import os, platform, shutil, sysconfig, textwrap
+import logging, os, platform, shutil, sysconfig, textwrap
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -89,6 +89,7 @@ def look_at_torch(
     device = 'cuda' if facts.torch_sees_gpu else 'cpu'
 
     def quantize():
+        logging.getLogger('bitsandbytes').setLevel(logging.ERROR)     # not of an optional package
         import bitsandbytes
         bitsandbytes.functional.quantize_4bit(torch.ones(64, device=device))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import Example, ModelError
+from ..core import DataError, Example, ModelError
 from ..config import RunConfig
 from ..hardware.gpu_catalog import Gpu
 from .memory.estimate import MemoryEstimate
@@ -99,11 +99,14 @@ def estimate_data(
     from homelab_ft.data.clean import clean
     from homelab_ft.data.formats import detect_format, to_examples
     from homelab_ft.data.load import load_rows
-    from homelab_ft.data.split import split
+    from homelab_ft.data.split import apart, divide_rows, refuse_division
     rows = load_rows(config.data, config.encoding, config.max_rows, config.seed)
     examples, cleaning = clean(to_examples(rows, detect_format(rows, config), config.system_prompt))
-    train, _ = split(examples, cleaning.groups, config.eval_fraction, config.seed)
-    sizes = np.array([estimate_tokens(example) for example in train]).clip(1, config.max_length)
+    groups = cleaning.groups if config.near_duplicates == 'together' else apart(examples)
+    has_test = bool(config.test_data)
+    try: parts = divide_rows(examples, groups, config.eval_fraction, config.seed, has_test)
+    except DataError: raise refuse_division(examples, groups, config, has_test) from None
+    sizes = np.array([estimate_tokens(example) for example in parts['train']]).clip(1, config.max_length)
     return DataSize(*sizes.T, counted=False)
 
 # %% ../../nbs/plan/11_cost.ipynb #a7b061df
