@@ -172,7 +172,7 @@ MUTATIONS = {
     'truncate': truncate, 'flip bits': flip_bits, 'cut': cut, 'repeat': repeat, 'recode': recode, 'odd byte': odd_byte,
     'line ends': line_ends, 'drop a line': drop_line, 'noise': shuffle_bytes, 'huge cell': huge_cell,
     'quote': insert([b'"', b'""', b"'", b'"x"', b'\\"', b'\\', b'","', b'"\n']),
-    'bytes': insert([b'\x00', b'\xff', b'\xe9', b'\xed\xa0\x80', b'\xf0\x9f', b'\x1a', b'\ufeff', '\u2028'.encode(), b'\x00' * 100]),
+    'bytes': insert([b'\x00', b'\xff', b'\xe9', b'\xed\xa0\x80', b'\xf0\x9f', b'\x1a', '\ufeff'.encode(), '\u2028'.encode(), b'\x00' * 100]),
     'separators': insert([b',', b',,,', b';', b'\t', b'|', b'\n', b'\r', b'\r\n\r\n', b',\n,\n']),
     'a JSON line': at_line([
         b'{"text": "\\ud83d", "label": "a"}', b'{"text": 1' + b'1' * 5000 + b'}', b'{"text": "a", "text": "b"}', deep(70), deep(900), deep(100_000),

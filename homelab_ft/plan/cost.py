@@ -98,9 +98,9 @@ def estimate_data(
     "The training rows of a file, tokens estimated; raises `DataError` for what a run would refuse."
     from homelab_ft.data.clean import clean
     from homelab_ft.data.formats import detect_format, to_examples
-    from homelab_ft.data.load import load_rows
+    from homelab_ft.data.load import load_data
     from homelab_ft.data.split import apart, divide_rows, refuse_division
-    rows = load_rows(config.data, config.encoding, config.max_rows, config.seed)
+    rows = load_data(config)
     examples, cleaning = clean(to_examples(rows, detect_format(rows, config), config.system_prompt))
     groups = cleaning.groups if config.near_duplicates == 'together' else apart(examples)
     has_test = bool(config.test_data)
