@@ -7,13 +7,13 @@ __all__ = ['plain_value', 'has_surrogates', 'save_rows', 'longest_batch', 'plan_
            'full_plan', 'plan', 'prepare', 'finetune', 'find_run', 'evaluate', 'chat', 'export']
 
 # %% ../nbs/07_api.ipynb #e0b600db
-import html, json, tempfile
+import html, json, os, tempfile
 from decimal import Decimal
 from pathlib import Path
 
 from fastcore.basics import patch
 
-from .config import RunConfig, load_config, make_config
+from .config import DataSource, RunConfig, load_config, make_config, read_data_setting
 from .core import DataError, HomelabError
 from .data.load import fill_missing
 from .io import fingerprint, write_atomic
@@ -30,7 +30,7 @@ def plain_value(
     if isinstance(value, Decimal): return str(value)
     raise TypeError(f'{type(value).__name__} is neither text nor number')
 
-# %% ../nbs/07_api.ipynb #7ac57ec9
+# %% ../nbs/07_api.ipynb #f8d59386
 def has_surrogates(
     text: str,           # any
 ) -> bool:
@@ -41,11 +41,14 @@ def has_surrogates(
 
 # %% ../nbs/07_api.ipynb #da1d658c
 def save_rows(
-    data,                # path, list of dicts, DataFrame or `datasets.Dataset`
+    data,                # path, several paths or `DataSource`s, list of dicts, DataFrame or `datasets.Dataset`
     folder='runs',       # receives `data/<fingerprint>.jsonl`
-) -> str:                # path of the data
+) -> str:                # path of the data, or a list of sources
     "A file with the rows; raises `DataError` for anything that has none."
     if isinstance(data, (str, Path)): return str(data)
+    entries = data if isinstance(data, (list, tuple)) else []
+    named = [isinstance(entry, DataSource) or isinstance(entry, (str, Path)) and os.path.exists(entry) for entry in entries]
+    if any(named): return read_data_setting(data)
     if hasattr(data, 'to_dict') and hasattr(data, 'columns'):
         names = [str(name) for name in data.columns]
         repeated = sorted({name for name in names if names.count(name) > 1})

@@ -45,7 +45,8 @@ def add_settings(
     "The options that describe a run."
     options = DATA_OPTIONS | TRAIN_OPTIONS if trains else DATA_OPTIONS
     add = parser.add_argument
-    add('--data', metavar='FILE', help='CSV, JSON, JSONL or Parquet file, or a saved datasets folder')
+    data_help = 'CSV, JSON, JSONL or Parquet file, or a saved datasets folder; may be repeated to mix several'
+    add('--data', metavar='FILE', action='append', help=data_help)
     add('--model', metavar='PATH_OR_HUB_ID', help="folder or Hub id of the base model (default: a small model in the package)")
     add('--config', metavar='FILE', help='YAML file with settings')
     add('--set', metavar='KEY=VALUE', action='append', default=[], dest='overrides', help=SET_HELP)
@@ -63,7 +64,8 @@ def option_settings(
     args,                # parsed arguments
 ) -> dict:               # setting -> value; None: not given
     "The settings that have options of their own."
-    given = dict(data=args.data, model=args.model, max_rows=args.max_rows, max_minutes=args.max_minutes)
+    files = args.data[0] if args.data and len(args.data) == 1 else args.data
+    given = dict(data=files, model=args.model, max_rows=args.max_rows, max_minutes=args.max_minutes)
     given |= dict(run_name=args.name, runs_dir=args.runs_dir)
     given |= {name: getattr(args, name, None) for name in DATA_OPTIONS | TRAIN_OPTIONS}
     for text in args.overrides:
@@ -194,7 +196,7 @@ def data(
     tok = preview.load_tokenizer()
     with tempfile.TemporaryDirectory() as folder: report = prepare(preview.config, tok, folder, preview).report
     for table in report:
-        if table.title not in ('Dataset format', 'Example'): print(f'\n{table}')      # both were said first
+        if not table.title.endswith(('Dataset format', 'Example')): print(f'\n{table}')      # both were said first
 
 def train(
     args,                # parsed arguments

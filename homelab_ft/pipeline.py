@@ -17,7 +17,7 @@ import numpy as np
 
 from .core import ConfigError, HardwareError, MiB, ModelError, RunError, licence_step, model_path
 from .progress import download_bar
-from .config import RunConfig, make_config
+from .config import RunConfig, make_config, sources_of
 from .data.prepare import describe_prepared, prepare, read_preview
 from .data.sample.tickets import write_tickets
 from .data.tokenize import TokenCache, make_cache
@@ -256,7 +256,7 @@ def run_pipeline(
     choose=None,                  # asks a person which columns are meant, see `detect_format`
 ) -> RunFolder:                   # the finished run
     "All stages on a new run. Bad input raises a `HomelabError` before training."
-    if config.data: log(f'data      {config.data}')
+    if config.data: log(f"data      {', '.join(own.data for _, own in sources_of(config))}")
     run = new_run(config, log, auto_settings, choose)
     log(f'train     {run.path}')
     train_here(run)

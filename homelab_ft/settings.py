@@ -13,14 +13,14 @@ from typing import get_args
 
 import yaml
 
-from .config import (ALIASES, INSTEAD, SAME_AS, DataSettings, MethodSettings, ReportSettings, RunConfig,
-                               TrainSettings, near_settings)
+from .config import (ALIASES, INSTEAD, SAME_AS, DataSettings, DataSource, MethodSettings, Replay,
+                               ReportSettings, RunConfig, TrainSettings, near_settings)
 from .core import ConfigError
 from .io import write_atomic
 
 # %% ../nbs/08_settings.ipynb #490a942f
 KINDS = {bool: ['true', 'false'], int: ['a whole number'], float: ['a number'], str: ['text'], list[str]: ['a list'],
-         type(None): ['null']}
+         type(None): ['null'], list[DataSource]: ['a list of sources'], Replay: ['run and share']}
 BOUNDS = dict(ge='at least', gt='above', le='at most', lt='below')
 
 def allowed_values(
@@ -113,13 +113,13 @@ def config_lines(
     active,              # which are set; the others become comments
 ) -> list:
     "Each setting below a comment that explains it."
-    lines = []
+    lines, values = [], config.model_dump()
     for name in names:
         about, allowed = RunConfig.model_fields[name].description, allowed_values(name)
         if not allowed.startswith('text'): about += f' ({allowed})'
         lines += textwrap.wrap(about, 80, initial_indent='# ', subsequent_indent='#   ')
         mark = '' if name in active else '#'
-        lines += [f'{mark}{name}: {yaml_value(getattr(config, name))}', '']
+        lines += [f'{mark}{name}: {yaml_value(values[name])}', '']
     return lines
 
 def commented_yaml(

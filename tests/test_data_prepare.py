@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from homelab_ft.data import prepare as module
+from homelab_ft.data import prepare as module, prepared as folder_module
 from homelab_ft.core import ConfigError, DataError, HomelabError, ModelError
 from homelab_ft.config import load_config, make_config
 from homelab_ft.data.chat_template import encode, load_tokenizer, prompt_ids
@@ -135,7 +135,7 @@ def test_a_crash_while_repairing_removes_the_old_manifest(tmp_path, monkeypatch)
     prepare(config, tok(), tmp_path / 'a')
     (tmp_path / 'a' / 'test.safetensors').unlink()
     def crash(*_): raise KeyboardInterrupt
-    monkeypatch.setattr(module, 'save_cache', crash)
+    monkeypatch.setattr(folder_module, 'save_cache', crash)
     with pytest.raises(KeyboardInterrupt): prepare(config, tok(), tmp_path / 'a')
     assert not (tmp_path / 'a' / 'data.json').exists()
 

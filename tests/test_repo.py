@@ -411,6 +411,20 @@ def for_a_page(
     assert "```python\ndef fence(\n    text,\n    info='',\n)\n```\n\n*A code" in made and made.count(link) == 1
 
 
+async def waits_for_a_page(
+    process=None,       # from `start`
+): "Does nothing."
+
+
+def test_a_coroutine_has_its_signature_too():
+    assert site_notebooks.signature(waits_for_a_page, 'wait') == "async def wait(\n    process=None,  # from start\n)"
+    shown = "```python\nasync def wait(\n    process:NoneType=None, # from [`start`](https://s.io/b/a.html#start)\n):\n```"
+    cell = {'source': 'show_doc(wait)', 'outputs': [{'data': {'text/markdown': [shown]}}]}
+    site_notebooks.mend_signature(cell, 'homelab_ft.train.launcher')
+    made = cell['outputs'][0]['data']['text/markdown']
+    assert 'async def wait(' in made and '](' not in made and "the run's state decides" in made
+
+
 def test_links_inside_links_are_mended():
     url = 'https://s.io/b/a.html#a'
     assert site_notebooks.mend_links(f'see [[`a`]({url})](01_a.ipynb) and [the [`b`]({url}) of [`c`]({url})](x.ipynb), [`d`]({url})') == \
@@ -431,7 +445,7 @@ def test_every_public_name_has_a_signature():
             obj = getattr(module, public)
             if not (inspect.isfunction(obj) or inspect.isclass(obj)): continue
             text = site_notebooks.signature(obj, public)
-            assert text.startswith((f'def {public}(', f'class {public}(')) and '](' not in text, text
+            assert text.startswith((f'def {public}(', f'async def {public}(', f'class {public}(')) and '](' not in text, text
 
 
 def test_links_to_undocumented_names_lead_to_their_page(tmp_path):

@@ -31,6 +31,8 @@ QUICK = {
     'gpt2': (GPT2, False, 'c_attn c_fc c_proj'),                         # other names, no list of layers where others have it
     'falcon_h1': (SIZES | dict(mamba_d_ssm=128, mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, lm_head_multiplier=.5), False,
                   'down_proj gate_proj in_proj k_proj o_proj q_proj up_proj v_proj'),       # logits that no known setting announces
+    'falcon': (NO_HEAD_DIM, False, 'dense dense_4h_to_h dense_h_to_4h query_key_value'),
+    'deepseek_v3': (DEEPSEEK, False, 'kv_a_proj_with_mqa kv_b_proj o_proj q_a_proj q_b_proj'),      # peft takes the names of its MLPs for experts
 }
 SLOW = {
     'olmo3': (SIZES, True, LLAMA),
@@ -41,13 +43,11 @@ SLOW = {
     'starcoder2': (SIZES, True, 'c_fc c_proj k_proj o_proj q_proj v_proj'),
     'internlm3': (SIZES, True, LLAMA),
     'gpt_neox': (NO_HEAD_DIM, True, 'dense dense_4h_to_h dense_h_to_4h query_key_value'),
-    'falcon': (NO_HEAD_DIM, False, 'dense dense_4h_to_h dense_h_to_4h query_key_value'),
     'mixtral': (SIZES | LOCAL, False, ATTENTION),
     'phimoe': (SIZES | LOCAL, False, ATTENTION),
     'granitemoe': (SIZES | LOCAL, False, ATTENTION),
     'qwen2_moe': (SIZES | FEW | dict(shared_expert_intermediate_size=48), False, LLAMA),        # shared experts see every token
-    'deepseek_v3': (DEEPSEEK, False, 'down_proj gate_proj kv_a_proj_with_mqa kv_b_proj o_proj q_a_proj q_b_proj up_proj'),
-    'lfm2': (SIZES, False, 'in_proj k_proj out_proj q_proj v_proj w1 w2 w3'),
+    'lfm2': (SIZES | dict(layer_types=['conv', 'full_attention'] * 2), False, 'in_proj k_proj out_proj q_proj v_proj w1 w2 w3'),
     'mamba': (dict(vocab_size=512, hidden_size=64, num_hidden_layers=4), False, 'dt_proj in_proj x_proj'),
     'gemma3': (dict(text_config=SIZES), False, LLAMA),                    # its layers for pictures stay as they are
 }

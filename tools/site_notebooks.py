@@ -11,7 +11,7 @@ from check_repo import PACKAGE, ROOT
 from notebook_text import fence, join
 
 _shown = re.compile(r'^show_doc\((\w+(?:\.\w+)*)\)', re.M)
-_definition = re.compile(r'```python\n(?:def|class) .*?\n```', re.S)
+_definition = re.compile(r'```python\n(?:async def|def|class) .*?\n```', re.S)
 _module = re.compile(r'^#\| default_exp (\S+)', re.M)
 
 # ---------------------------------------------------------------- signatures
@@ -63,7 +63,8 @@ def signature(obj, name):
         comment = comments.get(p.name) or getattr(fields.get(p.name), 'description', '') or ''
         lines.append((f'    {write_parameter(p)},', comment.replace('`', '')))
     result = '' if is_class or made.return_annotation is made.empty else f' -> {type_name(made.return_annotation)}'
-    head, ending = f'{"class" if is_class else "def"} {name}(', f'){result}'
+    kind = 'class' if is_class else 'async def' if inspect.iscoroutinefunction(obj) else 'def'
+    head, ending = f'{kind} {name}(', f'){result}'
     after = comments.get('return', '').replace('`', '')
     if not lines: return head + ending + (f'  # {after}' if after else '')
     lines.append((ending, after))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'READERS', 'PART', 'ABOUT', 'MAX_FILES', 'HOPELESS', 'Row', 'error_prefix', 'first_rows', 'is_missing',
            'Gaps', 'to_whole', 'fill_missing', 'pack_block', 'unpack_block', 'Rows', 'read_text_file', 'named_kind',
-           'files_in', 'check_files', 'DataSource', 'find_source', 'hub_dataset', 'read_items', 'too_many_bad',
+           'files_in', 'check_files', 'DataLocation', 'find_data', 'hub_dataset', 'read_items', 'too_many_bad',
            'collect', 'load_rows', 'no_rows_in', 'load_options', 'load_data', 'load_test_data', 'source_fingerprint']
 
 # %% ../../nbs/data/01_load.ipynb #a70edadf
@@ -252,41 +252,41 @@ def check_files(
         step = f'--data "{training}" {set_options({"test_data": str(others[0])})}'
         raise DataError('some of the files are for training, and some are not', ', '.join(parts), 'files of one part', step)
 
-# %% ../../nbs/data/01_load.ipynb #39c6b56d
+# %% ../../nbs/data/01_load.ipynb #a5e61c61
 @dataclass
-class DataSource:
+class DataLocation:
     "Where rows come from: files, a saved dataset, or the Hub."
     path: Path
     files: list = field(default_factory=list)    # paths
     saved: bool = False      # a folder of `datasets`
     hub: str = None          # owner/name
 
-def find_source(
+def find_data(
     path,                        # file, folder, pattern, or a dataset on the Hub
     report: LoadReport = None,   # receives what is left out
-) -> DataSource:
+) -> DataLocation:
     "What a path stands for; `DataError` if there is nothing to read."
     name, path, report = str(path), Path(path).expanduser(), report or LoadReport()
     if '\0' in name: raise DataError('a path has no NUL character', value=repr(name), next_step='check the path')
     if path.is_dir():
-        if (path / 'state.json').exists() or (path / 'dataset_dict.json').exists(): return DataSource(path, saved=True)
+        if (path / 'state.json').exists() or (path / 'dataset_dict.json').exists(): return DataLocation(path, saved=True)
         files = files_in(path, report)
         if not files:
             allowed = ', '.join([*ENDINGS, 'or a folder written by datasets.save_to_disk'])
             raise DataError('the folder holds no data files', path, allowed, 'give a file')
         check_files(files, path)
-        return DataSource(path, files)
-    if path.exists(): return DataSource(path, [path])
+        return DataLocation(path, files)
+    if path.exists(): return DataLocation(path, [path])
     if any(sign in name for sign in '*?['):
         files = sorted(p for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if p.is_file())
         if not files: raise DataError('no file has such a name', value=path, next_step='check the pattern')
         check_files(files, path)
-        return DataSource(path, files)
+        return DataLocation(path, files)
     is_hub = re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', name) and not named_kind(path) and not path.parent.exists()
-    if is_hub: return DataSource(path, hub=name)
+    if is_hub: return DataLocation(path, hub=name)
     raise missing_file(path)
 
-# %% ../../nbs/data/01_load.ipynb #151a690f
+# %% ../../nbs/data/01_load.ipynb #9080b736
 def hub_dataset(
     name: str,           # owner/name
 ):                       # its `train` split
@@ -296,7 +296,7 @@ def hub_dataset(
     return load_hub_dataset(name)
 
 def read_items(
-    source: DataSource,      # what to read
+    source: DataLocation,      # what to read
     options: LoadOptions,    # how
     report: LoadReport,      # receives what was found
 ):                           # yields dicts and `BadRow`s
@@ -372,7 +372,7 @@ def load_rows(
     options = replace(options or LoadOptions(), encoding=encoding)
     report = LoadReport(str(Path(path).expanduser()))
     try:
-        source = find_source(path, report)
+        source = find_data(path, report)
         rows = collect(read_items(source, options, report), options, report)
         if not rows: raise no_rows_in(source, options)
     except OSError as e:
@@ -387,7 +387,7 @@ def load_rows(
     return rows if max_rows is None or max_rows >= len(rows) else rows.draw(max_rows, seed)
 
 def no_rows_in(
-    source: DataSource,      # without rows
+    source: DataLocation,      # without rows
     options: LoadOptions,    # its encoding
 ) -> DataError:
     "The error for data without rows."
@@ -424,7 +424,7 @@ def source_fingerprint(
     folder = Path(path).expanduser()
     if folder.is_dir(): files = [p for p in sorted(folder.rglob('*')) if p.is_file()]
     else:
-        source = find_source(path)
+        source = find_data(path)
         if source.hub: return fingerprint({'hub': source.hub, 'dataset': hub_dataset(source.hub)._fingerprint})
         if source.files == [source.path]: return file_fingerprint(source.path)
         files, folder = source.files, source.files[0].parent

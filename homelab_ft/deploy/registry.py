@@ -10,6 +10,7 @@ __all__ = ['PATH_SETTINGS', 'VERDICTS', 'energy_cost', 'read_json', 'current_eva
 import json
 from dataclasses import asdict
 from pathlib import Path
+from ..config import sources_of
 from ..core import RunError, fmt_duration
 from ..table import Table
 from ..io import file_fingerprint, now, write_json
@@ -60,6 +61,8 @@ def register(
                        next_step='finish it first: homelab-ft train --resume')
     config = run.config()
     settings = config.model_dump()
+    if isinstance(config.data, list): settings['data'] = ', '.join(Path(own.data).name for _, own in sources_of(config))
+    if config.replay: settings['replay']['run'] = Path(config.replay.run).name
     for key in PATH_SETTINGS:
         path = Path(settings[key] or '')
         if key != 'model' or path.is_dir(): settings[key] = settings[key] and path.name

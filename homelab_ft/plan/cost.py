@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core import DataError, Example, ModelError
-from ..config import RunConfig
+from ..config import RunConfig, sources_of
 from ..hardware.gpu_catalog import Gpu
 from .memory.estimate import MemoryEstimate
 from .memory.spec import EstimateSpec
@@ -100,13 +100,16 @@ def estimate_data(
     from homelab_ft.data.formats import detect_format, to_examples
     from homelab_ft.data.load import load_data
     from homelab_ft.data.split import apart, divide_rows, refuse_division
-    rows = load_data(config)
-    examples, cleaning = clean(to_examples(rows, detect_format(rows, config), config.system_prompt))
-    groups = cleaning.groups if config.near_duplicates == 'together' else apart(examples)
-    has_test = bool(config.test_data)
-    try: parts = divide_rows(examples, groups, config.eval_fraction, config.seed, has_test)
-    except DataError: raise refuse_division(examples, groups, config, has_test) from None
-    sizes = np.array([estimate_tokens(example) for example in parts['train']]).clip(1, config.max_length)
+    train = []
+    for _, own in sources_of(config):
+        rows = load_data(own)
+        examples, cleaning = clean(to_examples(rows, detect_format(rows, own), own.system_prompt))
+        groups = cleaning.groups if own.near_duplicates == 'together' else apart(examples)
+        has_test = bool(own.test_data)
+        try: parts = divide_rows(examples, groups, own.eval_fraction, own.seed, has_test)
+        except DataError: raise refuse_division(examples, groups, own, has_test) from None
+        train += parts['train']
+    sizes = np.array([estimate_tokens(example) for example in train]).clip(1, config.max_length)
     return DataSize(*sizes.T, counted=False)
 
 # %% ../../nbs/plan/11_cost.ipynb #a7b061df

@@ -56,6 +56,7 @@ def check_causal_lm(
     "The configuration, if transformers has a causal language model for it; `ModelError` otherwise."
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as masked
     kind = config.get('model_type')
     names = config.get('architectures') or []
     known = isinstance(kind, str) and kind in transformers.CONFIG_MAPPING
@@ -73,7 +74,8 @@ def check_causal_lm(
             next_step='check the config.json, or update: pip install -U transformers')
     predicts_other = bool(names) and all(str(name).endswith(OTHER_TASKS) for name in names)
     found = None if kind not in causal or predicts_other else model_config(config)
-    reads_both_ways = getattr(found, 'is_decoder', None) is False and not any('CausalLM' in str(name) for name in names)
+    may_read_both_ways = kind in masked and getattr(found, 'is_decoder', None) is False
+    reads_both_ways = may_read_both_ways and not any('CausalLM' in str(name) for name in names)
     if found is None or found.is_encoder_decoder or reads_both_ways:
         raise ModelError(
             'this is no causal language model',
@@ -97,7 +99,8 @@ def is_linear(
     module,              # of a model
 ) -> bool:
     "Whether it is a plain matrix, as PyTorch or as GPT-2 names it."
-    return type(module).__name__ in ('Linear', 'Conv1D') and module.weight.dim() == 2
+    from torch.nn import Linear
+    return isinstance(module, Linear) or type(module).__name__ == 'Conv1D'
 
 @dataclass
 class LayerCount:
@@ -139,7 +142,7 @@ def count_layer(
             if not three: seen_experts.add(path.partition('experts.')[2].split('.')[0])
         elif 'router' in kind or name == 'gate' or name == 'shared_expert_gate': count.router += size
         elif is_linear(module):
-            outputs, inputs = module.weight.shape if type(module).__name__ == 'Linear' else module.weight.shape[::-1]
+            outputs, inputs = module.weight.shape[::-1] if type(module).__name__ == 'Conv1D' else module.weight.shape
             key = path if name in count.linears else name
             count.linears[key] = (inputs, outputs, module.bias is not None)
             count.packed += inputs * outputs

@@ -192,8 +192,8 @@ def set_option(
     "The option that sets it."
     options = dict(model='--model', data='--data', max_rows='--max-rows', max_minutes='--max-minutes')
     is_text = isinstance(value, str)
-    text = value if is_text else json.dumps(value)
-    if name in options: return f'{options[name]} {shlex.quote(text)}'
+    text = value if is_text else json.dumps(value, default=lambda source: source.model_dump())
+    if name in options and not isinstance(value, list): return f'{options[name]} {shlex.quote(text)}'
     return f'--set {shlex.quote(f"{name}={text}")}'
 
 def plan_command(
