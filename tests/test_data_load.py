@@ -1,6 +1,5 @@
 "data.load: every kind of file round-trips, every kind of bad file gets one clear message."
 import csv, io, json, os
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st

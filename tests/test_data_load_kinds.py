@@ -254,7 +254,7 @@ def test_a_name_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, 'load_dataset', from_hub)
     rows = load_rows('somebody/something')
     assert rows == ROWS and rows.report.kinds == ['dataset of the Hub']
-    assert asked == [('somebody/something', {'split': 'train'})]        # no trust_remote_code, no scripts
+    assert asked == [('somebody/something', {'split': 'train', 'trust_remote_code': False})]
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'data').mkdir()
     refused('data/train', 'no such file')

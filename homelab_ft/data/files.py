@@ -122,10 +122,11 @@ class LoadOptions:
         "How many rows may be set aside."
         return int(self.max_bad_rows if self.max_bad_rows >= 1 else self.max_bad_rows * rows_in)
 
-# %% ../../nbs/data/01_files.ipynb #f25e39ed
+# %% ../../nbs/data/01_files.ipynb #27d88f13
 ENDINGS = {
-    '.csv': 'CSV', '.tsv': 'CSV', '.json': 'JSON', '.jsonl': 'JSON lines', '.ndjson': 'JSON lines', '.parquet': 'Parquet',
-    '.arrow': 'Arrow', '.feather': 'Arrow', '.ipc': 'Arrow', '.xlsx': 'Excel', '.xlsm': 'Excel', '.txt': 'text', '.md': 'text'}
+    '.csv': 'CSV', '.tsv': 'CSV', '.json': 'JSON', '.jsonl': 'JSON lines', '.ndjson': 'JSON lines',
+    '.parquet': 'Parquet', '.arrow': 'Arrow', '.feather': 'Arrow', '.ipc': 'Arrow',
+    '.xlsx': 'Excel', '.xlsm': 'Excel', '.txt': 'text', '.md': 'text'}
 PACKED = {'.gz': 'gzip', '.zst': 'zstd'}
 MAGIC = {
     b'PAR1': 'Parquet', b'ARROW1': 'Arrow', b'\xff\xff\xff\xff': 'Arrow', b'PK\x03\x04': 'Excel',
@@ -172,7 +173,7 @@ def first_bytes(
         raise DataError('this is no file', f'{path}: {kind}', 'a file or a folder of files', 'save the data to a file first')
     with open(path, 'rb') as file: return file.read(4096)
 
-# %% ../../nbs/data/01_files.ipynb #c3c15e8c
+# %% ../../nbs/data/01_files.ipynb #6042d674
 def what_is(
     path: Path,      # a file
 ) -> DataFile:
@@ -187,7 +188,8 @@ def what_is(
         if start.lstrip()[:40].lower().startswith(mark.lower()) and named in (None, 'CSV', 'Excel', 'Parquet', 'Arrow'):
             raise DataError(f'{path} is {what}', value=start[:16], next_step=next_step)
     if magic in ('gzip', 'zstd') and named: return DataFile(path, named, magic)
-    if packed and named and not magic: raise DataError(f'{path} is not packed with {packed}', start[:16], next_step='check the file')
+    if packed and named and not magic:
+        raise DataError(f'{path} is not packed with {packed}', start[:16], next_step='check the file')
     kind = magic if magic in ENDINGS.values() else named
     if kind and not packed: return DataFile(path, kind, expected=named if named != kind else None)
     raise DataError(
@@ -197,7 +199,7 @@ def what_is(
         next_step='convert it, or give it the ending that says what it is',
     )
 
-# %% ../../nbs/data/01_files.ipynb #4bd2a461
+# %% ../../nbs/data/01_files.ipynb #a477639b
 BOMB_BYTES = 10**8       # unpacked, always fine
 BOMB_RATIO = 200         # above that: unpacked to packed, at most
 
@@ -220,7 +222,8 @@ class Unpacked(io.RawIOBase):
     def readinto(self, buffer):
         try: content = self.stream.read(len(buffer))
         except (EOFError, OSError, ValueError, zlib.error) as e:
-            raise DataError(f'{self.path} cannot be unpacked', e, next_step='the file is damaged or cut: copy it again') from None
+            step = 'the file is damaged or cut: copy it again'
+            raise DataError(f'{self.path} cannot be unpacked', e, next_step=step) from None
         self.total += len(content)
         if self.total > self.limit:
             raise DataError(
@@ -237,11 +240,12 @@ class Unpacked(io.RawIOBase):
         self.stream.close()
         super().close()
 
-# %% ../../nbs/data/01_files.ipynb #e4439535
+# %% ../../nbs/data/01_files.ipynb #cebdbc2f
 BOMS = {
     codecs.BOM_UTF8: 'utf-8-sig', codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
     codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
-NUL_ENCODINGS = {(0, 1, 1, 1): 'utf-32-le', (1, 1, 1, 0): 'utf-32-be', (0, 1, 0, 1): 'utf-16-le', (1, 0, 1, 0): 'utf-16-be'}
+NUL_ENCODINGS = {        # which of four bytes are NUL -> encoding
+    (0, 1, 1, 1): 'utf-32-le', (1, 1, 1, 0): 'utf-32-be', (0, 1, 0, 1): 'utf-16-le', (1, 0, 1, 0): 'utf-16-be'}
 
 def encoding_of(
     start: bytes,        # the first bytes of a file

@@ -116,7 +116,7 @@ def check_names(
         value, allowed = ', '.join(repeated), 'every column name once'
         raise DataError(f'{path} has two columns of the same name', value, allowed, 'rename one')
 
-# %% ../../nbs/data/01_files_arrow.ipynb #7ba4c48c
+# %% ../../nbs/data/01_files_arrow.ipynb #579cee3b
 BATCH = 1024             # rows
 PARQUET_RATIO = 1000     # bytes of the batches to bytes of the file, at most
 
@@ -140,7 +140,7 @@ def read_parquet(
 ):                           # yields dicts and `BadRow`s
     "The rows of a Parquet file; `DataError` if it is none."
     import pyarrow, pyarrow.parquet
-    if file.packed: raise DataError(f'{file.path} is packed with {file.packed}', next_step='unpack it first; Parquet is small by itself')
+    if file.packed: raise DataError(f'{file.path} is packed with {file.packed}', next_step='unpack it first')
     try:
         with pyarrow.parquet.ParquetFile(file.path, memory_map=True) as table:
             schema = table.schema_arrow
@@ -178,7 +178,7 @@ def read_arrow(
         reason = str(e).split('\n')[0]
         raise DataError(f'{file.path} is no readable Arrow file', reason, next_step='check the file') from None
 
-# %% ../../nbs/data/01_files_arrow.ipynb #77a84cfb
+# %% ../../nbs/data/01_files_arrow.ipynb #c73ab4cf
 def saved_split(
     path: Path,      # folder written by `save_to_disk`
 ) -> Path:
@@ -209,20 +209,22 @@ def read_saved_dataset(
     try: yield from dataset_rows(load_from_disk(str(folder)))
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         reason = f'{type(e).__name__}: {e}'.split('\n')[0]
-        raise DataError(f'{path} is no readable saved dataset', reason, next_step='save it again with save_to_disk') from None
+        step = 'save it again with save_to_disk'
+        raise DataError(f'{path} is no readable saved dataset', reason, next_step=step) from None
 
-# %% ../../nbs/data/01_files_arrow.ipynb #86924da3
+# %% ../../nbs/data/01_files_arrow.ipynb #aef5a06c
 def load_hub_dataset(
     name: str,           # owner/name
 ):                       # its `train` split
     "A dataset of the Hugging Face Hub; `DataError` if it cannot be had."
     from datasets import load_dataset
-    try: return load_dataset(name, split='train')
+    try: return load_dataset(name, split='train', trust_remote_code=False)
     except Exception as e:      # every part of the way down has errors of its own
         reason = f'{type(e).__name__}: {e}'.split('\n')[0]
         raise DataError(
             f'the dataset {name} cannot be loaded from the Hugging Face Hub',
             value=reason,
             allowed='a file, a folder, or a public dataset with a train split',
-            next_step=f'check the name and the network; or download it where there is one:\n    hf download {name} --repo-type dataset',
+            next_step='check the name and the network; or download it where there is one:\n'
+                      f'    hf download {name} --repo-type dataset',
         ) from None

@@ -6,9 +6,8 @@
 __all__ = ['MAX_DEPTH', 'MAX_DIGITS', 'half_pair', 'MEND', 'CONVERSATION', 'depth_of', 'JsonParser', 'bad_value', 'parse_line',
            'read_jsonl', 'JsonList', 'no_rows', 'checked', 'read_list', 'read_object', 'first_text', 'read_json']
 
-# %% ../../nbs/data/01_files_json.ipynb #4ba024ac
+# %% ../../nbs/data/01_files_json.ipynb #2cbee803
 import json, re
-from dataclasses import dataclass
 
 from ..core import DataError
 from .files import (
@@ -121,7 +120,7 @@ def read_jsonl(
             if isinstance(line, TooLong): yield too_long(number, line)
             elif not line.isspace(): yield parse_line(parser, line, number, text.encoding)
 
-# %% ../../nbs/data/01_files_json.ipynb #81ca58d5
+# %% ../../nbs/data/01_files_json.ipynb #7c34141f
 class JsonList:
     "The elements of a list in a file, one after the other."
     def __init__(self,
@@ -160,7 +159,8 @@ class JsonList:
         line = self.line + self.piece.count('\n', 0, self.place if place is None else place)
         found = text_problem(self.piece[self.place:self.place + 10_000], self.text.encoding)
         reason = found.reason if found else reason
-        return DataError(f'{self.text.path}, line {line}: broken JSON', reason, 'a list of objects: [{...}, {...}]', 'mend the file')
+        what = f'{self.text.path}, line {line}: broken JSON'
+        return DataError(what, reason, 'a list of objects: [{...}, {...}]', 'mend the file')
 
     def element(self) -> tuple:
         "The next value and its text; `DataError` if it is broken or too long."

@@ -245,7 +245,7 @@ class CsvRows:
         "True for a record of several lines that are rows."
         return len(record.lines) > 1 and looks_merged(record, len(self.names), self.delimiter, self.endings)
 
-# %% ../../nbs/data/01_files_table.ipynb #7078c73b
+# %% ../../nbs/data/01_files_table.ipynb #39fbfea7
 def read_csv(
     file: DataFile,          # which file
     options: LoadOptions,    # separator, header, encoding
@@ -285,7 +285,8 @@ def csv_rows(
     "The rows of a file's records."
     rows = None
     report.delimiter, report.header = dialect.delimiter, dialect.header
-    if not dialect.header: report.note(f'{text.path.name} has no header: its columns are called column_1, column_2, ...')
+    if not dialect.header:
+        report.note(f'{text.path.name} has no header: its columns are called column_1, column_2, ...')
     for record in records:
         if record.problem:
             yield bad_record(record, f'broken CSV ({record.problem}); look for a quote that is never closed')
@@ -302,7 +303,7 @@ def csv_rows(
         report.multiline += len(record.lines) > 1
         yield rows.row(record)
 
-# %% ../../nbs/data/01_files_table.ipynb #7aeb0b7c
+# %% ../../nbs/data/01_files_table.ipynb #56d95ca6
 def check_archive(
     path,                # of an Excel file
 ):
@@ -316,8 +317,12 @@ def check_archive(
         raise DataError(f'{path} is an archive', ', '.join(sizes)[:100], next_step='unpack it first')
     limit = max(BOMB_BYTES, BOMB_RATIO * path.stat().st_size)
     if sum(sizes.values()) > limit:
-        value = f'{sum(sizes.values()):,} bytes'
-        raise DataError(f'{path} unpacks to more than {BOMB_RATIO} times its size', value, f'at most {limit:,} bytes', 'save it as CSV')
+        raise DataError(
+            f'{path} unpacks to more than {BOMB_RATIO} times its size',
+            value=f'{sum(sizes.values()):,} bytes',
+            allowed=f'at most {limit:,} bytes',
+            next_step='save it as CSV',
+        )
 
 def cell_value(
     cell,                # from openpyxl
@@ -338,7 +343,7 @@ def sheet_rows(
         while cells and cells[-1] in (None, ''): cells.pop()
         if cells: yield number, cells
 
-# %% ../../nbs/data/01_files_table.ipynb #4d50b2e2
+# %% ../../nbs/data/01_files_table.ipynb #4d9f3b62
 def choose_sheet(
     book,                    # of openpyxl
     options: LoadOptions,    # may name one
@@ -348,7 +353,8 @@ def choose_sheet(
     sheets = {sheet.title: sheet for sheet in book.worksheets}
     filled = [name for name, sheet in sheets.items() if next(sheet_rows(sheet), None)]
     if options.sheet and options.sheet not in sheets:
-        raise DataError('there is no such sheet', options.sheet, ', '.join(sheets), set_options({'excel_sheet': (filled or [''])[0]}))
+        step = set_options({'excel_sheet': (filled or [*sheets, ''])[0]})
+        raise DataError('there is no such sheet', options.sheet, ', '.join(sheets), step)
     if not filled: return None
     report.sheet = options.sheet or filled[0]
     others = [name for name in filled if name != report.sheet]
@@ -373,7 +379,8 @@ def read_xlsx(
         except DataError: raise
         except Exception as e:      # openpyxl lets the errors of its parts through: KeyError, ParseError, zlib.error, ...
             reason = f'{type(e).__name__}: {e}'
-            raise DataError(f'{file.path} is no readable Excel file', reason, next_step='save it again, or as CSV') from None
+            step = 'save it again, or as CSV'
+            raise DataError(f'{file.path} is no readable Excel file', reason, next_step=step) from None
 
 def excel_rows(
     rows,                    # from `sheet_rows`

@@ -203,7 +203,7 @@ READERS = {
     'CSV': read_csv, 'JSON': read_json, 'JSON lines': read_jsonl, 'Parquet': read_parquet, 'Arrow': read_arrow,
     'Excel': read_xlsx, 'text': read_text_file}
 
-# %% ../../nbs/data/01_load.ipynb #c06dfd4e
+# %% ../../nbs/data/01_load.ipynb #3eae33e2
 PART = re.compile(r'(?:^|[^a-z])(train|training|test|testing|valid|validation|val|dev|eval|evaluation)(?![a-z])')
 ABOUT = {'dataset_info.json', 'dataset_infos.json', 'state.json'}      # about a dataset, no rows
 MAX_FILES = 100_000
@@ -225,7 +225,8 @@ def files_in(
     for path in sorted(folder.rglob('*')):
         hidden = any(part[0] in '._' for part in path.relative_to(folder).parts)
         if not hidden and not path.is_dir(): files.append(path)
-        if len(files) > MAX_FILES: raise DataError(f'the folder holds more than {MAX_FILES:,} files', folder, next_step='give a pattern')
+        if len(files) > MAX_FILES:
+            raise DataError(f'the folder holds more than {MAX_FILES:,} files', folder, next_step='give a pattern')
     data = [path for path in files if named_kind(path)]
     tables = [path for path in data if named_kind(path) != 'text']
     used = tables or data
@@ -240,8 +241,14 @@ def check_files(
     "`DataError` unless the files belong together."
     kinds = sorted({named_kind(path) or 'unknown' for path in files})
     if len(kinds) > 1:
-        example = f'{source}/*{files[0].suffix}' if Path(source).is_dir() else f'*{files[0].suffix}'
-        raise DataError('the files are of several kinds', f'{", ".join(kinds)} in {source}', 'files of one kind', f'give a pattern: --data "{example}"')
+        pattern = f'*{files[0].suffix}'
+        example = f'{source}/{pattern}' if Path(source).is_dir() else pattern
+        raise DataError(
+            'the files are of several kinds',
+            value=f'{", ".join(kinds)} in {source}',
+            allowed='files of one kind',
+            next_step=f'give a pattern: --data "{example}"',
+        )
     parts = {}       # train, test, ... -> the first file of that part
     for path in files:
         name = str(path.relative_to(source)) if Path(source).is_dir() else path.name
@@ -252,7 +259,7 @@ def check_files(
         step = f'--data "{training}" {set_options({"test_data": str(others[0])})}'
         raise DataError('some of the files are for training, and some are not', ', '.join(parts), 'files of one part', step)
 
-# %% ../../nbs/data/01_load.ipynb #a5e61c61
+# %% ../../nbs/data/01_load.ipynb #21b47e2a
 @dataclass
 class DataLocation:
     "Where rows come from: files, a saved dataset, or the Hub."
@@ -269,7 +276,8 @@ def find_data(
     name, path, report = str(path), Path(path).expanduser(), report or LoadReport()
     if '\0' in name: raise DataError('a path has no NUL character', value=repr(name), next_step='check the path')
     if path.is_dir():
-        if (path / 'state.json').exists() or (path / 'dataset_dict.json').exists(): return DataLocation(path, saved=True)
+        saved = any((path / name).exists() for name in ('state.json', 'dataset_dict.json'))
+        if saved: return DataLocation(path, saved=True)
         files = files_in(path, report)
         if not files:
             allowed = ', '.join([*ENDINGS, 'or a folder written by datasets.save_to_disk'])
