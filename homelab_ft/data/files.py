@@ -50,7 +50,7 @@ class BadRow:
         known[self.unit] = self.line
         return {name: value for name, value in known.items() if value is not None}
 
-# %% ../../nbs/data/01_files.ipynb #63c22c4c
+# %% ../../nbs/data/01_files.ipynb #0e68513f
 BAD_ROWS = 'bad_rows.jsonl'      # the file of rows set aside, beside the prepared data
 
 @dataclass
@@ -104,7 +104,7 @@ class LoadReport:
         rows = [[name, value] for name, value in facts.items() if value]
         rows += [['', note] for note in self.notes]
         rows += [[bad.where, bad.reason] for bad in self.bad_rows[:20]]
-        return Table(['', ''], rows, 'Reading')
+        return Table(['read', 'as'], rows, 'Reading')
 
 # %% ../../nbs/data/01_files.ipynb #80897cb0
 @dataclass

@@ -335,7 +335,7 @@ def build_prepared(
     kind = source.dataset_format.kind
     labels = {e.label for examples in division.parts.values() for e in examples}
     readings = readings_of([source, test])
-    report = [rows_table(source, division, parts), *tables_of(readings), source.cleaning.table()]
+    report = [rows_table(source, division, parts), source.cleaning.table()]
     report += [source.tokenized.table(), source.dataset_format.table()]
     if kind != 'text': report.append(check_template(tok).table())
     report.append(example_table(parts['train'], tok))
@@ -343,6 +343,7 @@ def build_prepared(
         cleaning = test.cleaning.table()
         cleaning.title = f'Test file. {cleaning.title}'
         report += [cleaning, test.tokenized.table()]
+    report += tables_of(readings)
     rows = {'file': source.n_rows, 'cleaned': source.cleaning.rows_out, 'tokenized': len(source.examples)}
     return Prepared(
         **parts,
@@ -407,7 +408,7 @@ def build_mixed(
         tokenized=sum(len(one.source.examples) for one in read),
     )
     readings = readings_of([*(one.source for one in read), test])
-    report = [mixture.table, *tables_of(readings)]
+    report = [mixture.table]
     for one in read:
         tables = [
             rows_table(one.source, one.division, {}),
@@ -419,6 +420,7 @@ def build_mixed(
             report.append(table)
     if any(f.kind != 'text' for f in formats): report.append(check_template(tok).table())
     report.append(example_table(mixture.caches['train'], tok))
+    report += tables_of(readings)
     classes = all(f.kind == 'classification' for f in formats) and not config.replay
     labels = {e.label for one in read for examples in one.division.parts.values() for e in examples}
     parts = {part: mixture.caches.pop(part) for part in PARTS}
