@@ -13,10 +13,11 @@ from typing import get_args
 
 import yaml
 
-from .config import (ALIASES, INSTEAD, SAME_AS, DataSettings, DataSource, MethodSettings, Replay,
+from .config import (CleaningSettings, DataSettings, DataSource, MethodSettings, Replay,
                                ReportSettings, RunConfig, TrainSettings, near_settings)
 from .core import ConfigError
 from .io import write_atomic
+from .setting_names import ALIASES, INSTEAD, SAME_AS
 
 # %% ../nbs/08_settings.ipynb #490a942f
 KINDS = {bool: ['true', 'false'], int: ['a whole number'], float: ['a number'], str: ['text'], list[str]: ['a list'],
@@ -48,6 +49,7 @@ def yaml_value(
 # %% ../nbs/08_settings.ipynb #6bf625cd
 GROUPS = {
     'Model and data': DataSettings,
+    'Cleaning': CleaningSettings,
     'Method': MethodSettings,
     'Training': TrainSettings,
     'Evaluation, costs and folders': ReportSettings,

@@ -9,7 +9,7 @@ __all__ = ['CHANGEABLE', 'REASONS', 'why_fixed', 'check_rows', 'change_settings'
 import shlex
 from pathlib import Path
 
-from ..config import DataSettings, current_names, dump_config, make_config
+from ..config import CleaningSettings, DataSettings, current_names, dump_config, make_config
 from ..core import ConfigError, DataError, RunError
 from ..data.prepare import load_prepared, read_manifest
 from ..data.tokenize import load_cache
@@ -28,7 +28,8 @@ CHANGEABLE = {
 
 REASONS = {
     'the adapter belongs to this base model': ('model',),
-    'the rows were prepared with it': tuple(name for name in DataSettings.model_fields if name != 'model'),
+    'the rows were prepared with it': tuple(name for name in (*DataSettings.model_fields, *CleaningSettings.model_fields)
+                                          if name != 'model'),
     'the run folder has this name': ('run_name', 'runs_dir'),
     'which rows a step reads follows from it':
         ('per_device_train_batch_size', 'gradient_accumulation_steps', 'packing', 'padding_free', 'seed'),
