@@ -138,9 +138,20 @@ class DataSettings(Settings):
         description='classification: columns of the question, empty: all but the label; text: its column')
     label_column: str | None = Field(None, description='column with the class; kto: with true or false')
     messages_column: str | None = Field(None, description='conversational: column with the messages')
+    system_column: str | None = Field(None, description='column with a system prompt; empty: none, though one is named so')
+    history_column: str | None = Field(None, description='column with earlier turns, put before the question')
+    tools_column: str | None = Field(None, description='column with the functions that can be called, as JSON schemas')
+    choices_column: str | None = Field(None, description='column with the answers to choose from, put below the question')
     chosen_column: str | None = Field(None, description='preference: column with the better answer')
     rejected_column: str | None = Field(None, description='preference: column with the worse answer')
     system_prompt: str | None = Field(None, description='put before every example that has none')
+    reasoning: Literal['template', 'think_tags', 'drop'] = Field('template',
+        description='reasoning_content: given to the chat template, written between <think> tags, or left out')
+    reasoning_history: Literal['template', 'keep', 'drop'] = Field('template',
+        description='reasoning of earlier answers; keep: a row is refused if the chat template leaves it out')
+    empty_reasoning: Literal['empty', 'none'] = Field('empty',
+        description='answers without reasoning in a chat template with <think>: its empty block, or none')
+    ignored_keys: list[str] = Field([], description='keys of messages that have no meaning for training')
     encoding: str = Field('utf-8', description='encoding of the text file')
     max_rows: int | None = Field(None, ge=10, description='use at most so many rows, drawn evenly with seed')
     eval_fraction: float = Field(0.15, gt=0, lt=0.9, description='share of the rows held out from training')
@@ -168,7 +179,7 @@ class DataSettings(Settings):
         "The folder of a run alone has the usual share."
         return dict(run=value) if isinstance(value, str) else value
 
-    @field_validator('text_columns', mode='before')
+    @field_validator('text_columns', 'ignored_keys', mode='before')
     @classmethod
     def _one_column(cls, value):
         "A single name is a list of one."

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['KiB', 'MiB', 'GiB', 'MB', 'GB', 'fmt_gib', 'fmt_duration', 'HomelabError', 'ConfigError', 'DataError', 'ModelError',
-           'RunError', 'HardwareError', 'near_matches', 'Example', 'package_file', 'embedded_model', 'hub_id',
-           'licence_step', 'not_here', 'hub_reachable', 'check_hub', 'model_path', 'load_model_config']
+           'RunError', 'HardwareError', 'near_matches', 'message_text', 'Example', 'package_file', 'embedded_model',
+           'hub_id', 'licence_step', 'not_here', 'hub_reachable', 'check_hub', 'model_path', 'load_model_config']
 
 # %% ../nbs/00_core.ipynb #4d72ba10
-import difflib, os, re
+import difflib, json, os, re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -90,25 +90,33 @@ def near_matches(
     return difflib.get_close_matches(str(word), names, n=3, cutoff=0.6)
 
 # %% ../nbs/00_core.ipynb #b32a324b
+def message_text(
+    message: dict,   # in the form of `data.messages`
+) -> str:
+    "What a message says: its content, and its tool calls as JSON."
+    calls = [json.dumps(call['function'], ensure_ascii=False) for call in message.get('tool_calls', ())]
+    return '\n'.join([message['content'], *calls] if message['content'] else calls)
+
 @dataclass
 class Example:
     "One training example: chat `messages` that end with the assistant's, and where they come from."
-    messages: list          # `[{'role': 'user' | 'assistant' | 'system', 'content': str}, ...]`
+    messages: list          # `[{'role': 'user' | 'assistant' | 'system' | 'tool', 'content': str}, ...]`
     label: str = None       # the class, for classification data
     row: int = 0            # number of the row in the file, from 1
     rejected: str = None    # the worse answer, for preference data
+    rejected_message: dict = None    # the worse answer if it has reasoning or tool calls
     group: str = None       # value of `group_column`: equal ones stay on one side of the split
 
     @property
     def prompt(self) -> str:
         "Everything before the last message; the only message if there is one (plain text)."
         messages = self.messages[:-1] or self.messages
-        return '\n'.join(message['content'] for message in messages)
+        return '\n'.join(map(message_text, messages))
 
     @property
     def answer(self) -> str:
         "The last message: what the model learns."
-        return self.messages[-1]['content']
+        return message_text(self.messages[-1])
 
 # %% ../nbs/00_core.ipynb #eee9ef6c
 def package_file(

@@ -1,7 +1,7 @@
 """What the commands print at 80 columns: the cases, how they are run, and which figures are masked.
 
 The files in tests/golden/ hold the answers. `python tests/golden_update.py` makes them anew; tests/test_golden.py compares."""
-import contextlib, csv, io, os, re, sys
+import contextlib, csv, io, json, os, re, sys
 from pathlib import Path
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -11,6 +11,7 @@ TICKETS = ['--data', 'tickets/tickets.csv', '--max-rows', '80', '--max-length', 
 
 # name -> what is typed; a list of words, or a function of no arguments that prints
 CASES = {f'help_{command}': [command, '--help'] for command in COMMANDS}
+CASES |= {f'help_data_{action}': ['data', action, '--help'] for action in ('check', 'show', 'stats', 'clean')}
 CASES |= dict(
     help=[],
     typo_command=['quikstart'],
@@ -31,6 +32,17 @@ CASES |= dict(
     data_chat=['data', '--data', 'chat.jsonl'],
     data_missing=['data', '--data', 'nowhere.csv'],
     data_columns=['data', '--data', 'numbers.csv'],
+    data_check=['data', 'check', 'tickets/tickets.csv', '--max-length', '256'],
+    data_check_refused=['data', 'check', 'same.jsonl'],
+    data_stats_json=['data', 'stats', 'faq.csv', '--json'],
+    data_stats=['data', 'stats', 'tickets/tickets.csv', '--max-length', '256'],
+    data_stats_two=['data', 'stats', 'faq.csv', 'chat.jsonl'],
+    data_show=['data', 'show', 'odd.jsonl', '--rows', '1-3'],
+    data_show_unknown=['data', 'show', 'odd.jsonl', '--rows', '99'],
+    data_show_html=['data', 'show', 'odd.jsonl', '--random', '2', '--html', 'odd.html'],
+    data_clean=['data', 'clean', 'tickets/tickets.csv', '--out', 'clean.csv'],
+    data_clean_again=['data', 'clean', 'tickets/tickets.csv', '--out', 'clean.csv'],
+    data_mixed=['data', '--data', 'faq.csv', '--data', 'chat.jsonl'],
     run=['run', *TICKETS, '--name', 'first', *SMALL],
     run_aliases=['data', '--data', 'faq.csv', '--set', 'max_seq_length=128', '--set', 'random_state=1'],
     run_without_data=['run'],
@@ -84,7 +96,7 @@ CASES |= dict(
 
 RUNS = ['quickstart', 'run', 'train']
 NEEDED = dict.fromkeys(['run_twice', 'train_again', 'eval', 'eval_unknown', 'merge', 'chat', 'chat_unknown', 'control', 'control_finished', 'models'], RUNS)
-NEEDED |= {'init_again': ['init']}                            # case -> the cases that must have been run before it
+NEEDED |= {'init_again': ['init'], 'data_clean_again': ['data_clean']}                            # case -> the cases that must have been run before it
 TRAINED = {'quickstart', 'run', 'train', 'eval', 'merge', 'control', 'control_finished', 'models'}      # whose decimals are masked
 MASKS = [                                                     # what differs from machine to machine or from run to run
     (r'\d{4}-\d\d-\d\d[T_ ]\d\d[:-]\d\d[:-]\d\dZ?', '<date>'),
@@ -123,6 +135,12 @@ def write_files(folder):
     chat = [f'{{"messages": [{{"role": "user", "content": "Where is {topics[i % 10]} {i * 3}?"}}, '
             f'{{"role": "assistant", "content": "It is on shelf {i}."}}]}}\n' for i in range(40)]
     (folder / 'chat.jsonl').write_text(''.join(chat))
+    odd = [dict(prompt='\x1b[31mRed?\x1b[0m <b>', completion='It is \u202e not.'), dict(prompt='', completion='Nothing'),
+           dict(prompt='日本はどこ? ' * 12, completion='アジア。' * 20)]
+    odd += [dict(prompt=f'Where is shelf {i * 13}?', completion=f'In room {i}.') for i in range(30)]
+    (folder / 'odd.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in odd))
+    same = [dict(prompt='Where is it?', completion=f'In room {i}.') for i in range(30)]
+    (folder / 'same.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in same))
     (folder / 'numbers.csv').write_text('foo,bar\n' + ''.join(f'{i},{i * 7}\n' for i in range(30)))
 
 

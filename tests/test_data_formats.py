@@ -254,7 +254,7 @@ def test_conversations():
 
 
 @pytest.mark.parametrize('cell, words', [
-    ([{'role': 'tool', 'content': 'x'}], ['row 2', 'unknown role', 'tool']),
+    ([{'role': 'wizard', 'content': 'x'}], ['row 2', 'unknown role', 'wizard']),
     ([{'role': None, 'content': 'x'}], ['row 2', 'unknown role']),
     (['text'], ['row 2', 'no object']),
     ('{not json', ['row 2', 'neither a list nor JSON of one']),

@@ -15,7 +15,7 @@ from functools import partial
 from fastcore.basics import groupby
 
 from ..config import CleaningSettings
-from ..core import DataError, Example
+from ..core import DataError, Example, message_text
 from homelab_ft.data.checks import (
     broken_characters, empty_answers, gibberish, label_spellings, label_typos, near_conflicts, odd_lengths, other_languages,
     repeated_passages)
@@ -161,7 +161,7 @@ def repeated_examples(
     def content(example):
         "What makes two examples the same."
         turns = [
-            (m['role'], normalise(m['content']))
+            (m['role'], normalise(message_text(m)))
             for m in example.messages
         ]
         return (*turns, normalise(example.rejected or ''))

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['TokenCache', 'make_cache', 'select', 'save_cache', 'load_cache', 'is_text', 'end_ids', 'encode_text',
-           'is_text_dataset', 'control_pattern', 'Tokenized', 'conversations_of', 'tokenize_examples',
+           'is_text_dataset', 'control_pattern', 'Tokenized', 'message_texts', 'conversations_of', 'tokenize_examples',
            'tokenizer_fingerprint', 'embedding_rows', 'check_token_ids']
 
 # %% ../../nbs/data/07_tokenize.ipynb #49ca2488
 import json, re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from ..core import DataError, Example, ModelError, load_model_config
+from ..core import DataError, Example, HomelabError, ModelError, load_model_config
 from .chat_template import encode
 from .load import first_rows
+from .messages import check_refused
 from ..io import fingerprint, write_atomic
 from ..progress import track
 from ..table import Table
@@ -107,7 +108,11 @@ def load_cache(
     "Read a cache back and check its fingerprint; raises `DataError` if the file is missing, torn or altered."
     from safetensors import SafetensorError, safe_open
     if not Path(path).is_file():
-        raise DataError('there is no such token cache', value=path, next_step='prepare the data')
+        raise DataError(
+            'there is no such token cache',
+            value=path,
+            next_step='prepare the data',
+        )
     try:
         with safe_open(str(path), framework='np') as f:
             arrays = {name: f.get_tensor(name) for name in f.keys()}
@@ -180,6 +185,8 @@ class Tokenized:
     control: list            # dropped: the text of a special token
     too_long: list           # dropped: longer than max_length
     truncated: list          # cut to max_length
+    refused: dict = field(default_factory=dict)  # dropped: row -> error, where the chat template refuses it
+    notes: dict = field(default_factory=dict)    # what the template did -> rows
 
     def table(self) -> Table:
         "What was done, in numbers; tokens are counted over all caches."
@@ -194,7 +201,19 @@ class Tokenized:
             ['dropped: control tokens in the text', count(self.control)],
             ['dropped: too long', count(self.too_long)],
             ['cut to max_length', count(self.truncated)],
+            *([['dropped: the chat template refuses it', count(list(self.refused))]] if self.refused else []),
+            *([note, count(rows)] for note, rows in self.notes.items()),
         ])
+
+# %% ../../nbs/data/07_tokenize.ipynb #db2d549e
+def message_texts(
+    message,             # a message, or anything in it
+):                       # yields texts
+    "All texts in a message, at any depth."
+    if isinstance(message, str): yield message
+    elif isinstance(message, dict): yield from message_texts([*message, *message.values()])
+    elif isinstance(message, list):
+        for part in message: yield from message_texts(part)
 
 # %% ../../nbs/data/07_tokenize.ipynb #c87da6a0
 def conversations_of(
@@ -202,7 +221,8 @@ def conversations_of(
 ) -> list:               # of message lists
     "The messages of an example; of preferences also those with the rejected answer."
     if example.rejected is None: return [example.messages]
-    rejected = dict(role='assistant', content=example.rejected)
+    rejected = example.rejected_message or dict(role='assistant', content=example.rejected)
+    if 'tool_calls' not in rejected: rejected = rejected | dict(content=example.rejected)
     return [example.messages, [*example.messages[:-1], rejected]]
 
 # %% ../../nbs/data/07_tokenize.ipynb #1b33bed5
@@ -214,15 +234,21 @@ def tokenize_examples(
 ) -> Tokenized:
     "Tokenize examples; raises `DataError` for rows that are too long (`overlong_rows='error'`) or if no row is left."
     pattern = control_pattern(tok)
-    control, too_long, truncated, encoded = [], {}, [], {}
+    control, too_long, truncated, encoded, refused, notes = [], {}, [], {}, {}, {}
     for i, example in enumerate(track(examples, 'tokenizing', 'rows')):
         conversations = conversations_of(example)
-        texts = [m['content'] for messages in conversations for m in messages]
+        texts = [text for messages in conversations for m in messages for text in message_texts(m)]
         if any(map(pattern.search, texts)):
             control.append(example.row)
             continue
         encode_one = encode_text if is_text(example.messages) else encode
-        sequences = [tuple(encode_one(messages, tok)) for messages in conversations]
+        try: sequences = [encode_one(messages, tok) for messages in conversations]
+        except HomelabError as error:
+            refused[example.row] = error
+            continue
+        said = {note for e in sequences for note in getattr(e, 'notes', ())}
+        for note in said: notes.setdefault(note, []).append(example.row)
+        sequences = list(map(tuple, sequences))
         length = max(len(ids) for ids, _ in sequences)
         cut = [(ids[:max_length], mask[:max_length]) for ids, mask in sequences]
         has_answers = all(any(mask) for _, mask in cut)
@@ -233,6 +259,7 @@ def tokenize_examples(
             continue
         if is_long: truncated.append(example.row)
         encoded[i] = cut
+    check_refused(refused, len(examples))
     row = max(too_long, key=too_long.get, default=None)
     if overlong_rows == 'error' and too_long.get(row, 0) > max_length:
         raise DataError(
@@ -250,7 +277,7 @@ def tokenize_examples(
         )
     rows = [examples[i].row for i in encoded]
     caches = [make_cache(side, rows) for side in zip(*encoded.values())]
-    return Tokenized(len(examples), list(encoded), caches, control, list(too_long), truncated)
+    return Tokenized(len(examples), list(encoded), caches, control, list(too_long), truncated, refused, notes)
 
 # %% ../../nbs/data/07_tokenize.ipynb #500bec3d
 def tokenizer_fingerprint(
