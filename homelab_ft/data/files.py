@@ -199,7 +199,7 @@ def what_is(
         next_step='convert it, or give it the ending that says what it is',
     )
 
-# %% ../../nbs/data/01_files.ipynb #a477639b
+# %% ../../nbs/data/01_files.ipynb #6f7a18a4
 BOMB_BYTES = 10**8       # unpacked, always fine
 BOMB_RATIO = 200         # above that: unpacked to packed, at most
 
@@ -217,9 +217,12 @@ class Unpacked(io.RawIOBase):
             import pyarrow
             self.stream = pyarrow.input_stream(str(path), compression='zstd')
 
-    def readable(self): return True
+    def readable(self):
+        "True: the only way it can be used."
+        return True
 
     def readinto(self, buffer):
+        "The next bytes."
         try: content = self.stream.read(len(buffer))
         except (EOFError, OSError, ValueError, zlib.error) as e:
             step = 'the file is damaged or cut: copy it again'

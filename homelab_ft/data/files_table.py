@@ -19,7 +19,7 @@ from .files import (
     BOMB_BYTES, BOMB_RATIO, BadRow, DataFile, LoadOptions, LoadReport, MAX_ROW, TooLong, open_text, read_lines,
     TextFile, text_problem, too_long)
 
-# %% ../../nbs/data/01_files_table.ipynb #f6d59d8b
+# %% ../../nbs/data/01_files_table.ipynb #f1f70422
 @dataclass
 class Record:
     "The fields of one record, or why there are none."
@@ -55,7 +55,9 @@ class Records:
             if size > MAX_ROW or isinstance(line, TooLong): raise Unclosed
             yield line
 
-    def parser(self): return csv.reader(self.feed(), delimiter=self.delimiter, strict=True)
+    def parser(self):
+        "A parser that begins with the next line."
+        return csv.reader(self.feed(), delimiter=self.delimiter, strict=True)
 
     def __iter__(self):
         "Yields `Record`s; an empty line is a record without fields."
