@@ -267,7 +267,7 @@ def other_languages(
         for row, (reason, text) in named.items()
     ]
 
-# %% ../../nbs/data/03_checks.ipynb #f24297ad
+# %% ../../nbs/data/03_checks.ipynb #3533c27d
 PASSAGE, FEWEST_ROWS = 12, 5     # words; rows
 
 def passage_keys(
@@ -302,7 +302,7 @@ def repeated_passages(
         for e in examples
     ]
     n = len(examples)
-    least = max(FEWEST_ROWS, n // 1000)
+    least = max(FEWEST_ROWS, n // 200)
     keys, owners, places = passage_keys(texts)
     if not len(keys): return []
     group_of = np.array([groups.get(e.row, -i) for i, e in enumerate(examples, 1)] * 2)

@@ -57,7 +57,7 @@ def is_phone_number(
     digits = re.sub(r'\D', '', text)
     return 8 <= len(digits) <= 15 and len(set(digits)) > 1
 
-# %% ../../nbs/data/03_personal_data.ipynb #14faad7e
+# %% ../../nbs/data/03_personal_data.ipynb #eac60424
 def entropy(
     text: str,       # any text
 ) -> float:          # bits per character
@@ -72,8 +72,10 @@ def looks_random(
     text: str,       # what may be a key
     bits: float = 3.0,   # entropy per character, at least
 ) -> bool:
-    "True for letters mixed with digits or signs, and for high entropy."
-    return bool(re.search(r'\d', text) and re.search('[A-Za-z]', text)) and entropy(text) >= bits
+    "True for letters mixed with digits or capitals, and for high entropy."
+    is_mixed = re.search('[A-Za-z]', text) and re.search(r'\d', text)
+    is_capitals = len(re.findall('[a-z][A-Z]', text)) > 2
+    return bool(is_mixed or is_capitals) and entropy(text) >= bits
 
 # %% ../../nbs/data/03_personal_data.ipynb #622525bc
 @dataclass
@@ -115,8 +117,8 @@ PERSONAL = dict(
 )
 COMPILED = {kind: (re.compile(pattern, re.S), is_one) for kind, (pattern, is_one) in (SECRETS | PERSONAL).items()}
 
-# %% ../../nbs/data/03_personal_data.ipynb #7244716a
-maybe_private = re.compile(r'[@\d]|-----')
+# %% ../../nbs/data/03_personal_data.ipynb #70c9887a
+maybe_private = re.compile(r'[@\d]|-----|(?:AK|AS)IA|[sprSPR][kK][-_]|hf_|gh[a-z]_|xox|eyJ|assw|ecret|oken|key|KEY')
 
 def find_private(
     text: str,               # any text
