@@ -98,7 +98,9 @@ def looks_merged(
     try: split = [fields for fields in plain if fields]
     except csv.Error: return False
     if len(split) < 2 or any(len(fields) != n_fields for fields in split): return False
-    return n_fields > 2 or len(split) > 2 or split[0][-1].strip() in endings
+    first, last = split[0][-1].strip(), split[-1][-1].strip()
+    if last in endings and first not in endings: return False      # a cell of several lines in a file of labels
+    return n_fields > 2 or len(split) > 2 or first in endings
 
 # %% ../../nbs/data/01_files_table.ipynb #3695ab6d
 DELIMITERS = {',': ',', ';': ';', 'tab': '\t', '|': '|'}
