@@ -69,7 +69,8 @@ class HomelabError(Exception):
         if self.value is not None: lines.append(f'seen: {str(self.value)[:300]}')
         if self.allowed: lines.append(f'allowed: {self.allowed}')
         if self.next_step: lines.append(f'next step: {self.next_step}')
-        return '\n  '.join(lines)
+        text = '\n  '.join(lines)
+        return text.encode('utf-8', 'backslashreplace').decode()     # half a character in the value can be printed, too
 
 # %% ../nbs/00_core.ipynb #892fb124
 class ConfigError(HomelabError): "A setting is unknown, out of range, or contradicts another."

@@ -1,6 +1,5 @@
 "data.load: every kind of file round-trips, every kind of bad file gets one clear message."
 import csv, io, json, os
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -108,10 +107,25 @@ def test_no_rows(tmp_path, name, content):
 
 def test_wrong_encoding_names_byte_line_and_setting(tmp_path):
     (tmp_path / 'a.csv').write_bytes('text,label\nok,a\nCafé,b\n'.encode('cp1252'))
-    refused(tmp_path / 'a.csv', 'byte 19 (line 3)', '0xe9', 'encoding=cp1252')
-    (tmp_path / 'b.csv').write_bytes('text,label\nok,a\n'.encode('utf-16'))
-    refused(tmp_path / 'b.csv', 'byte 0 (line 1)', 'encoding=utf-16')
+    refused(tmp_path / 'a.csv', 'line 3, column text', 'byte 0xe9 at character 4', '--set encoding=cp1252')
     refused(tmp_path / 'a.csv', 'unknown encoding', encoding='utf-99')
+    refused(tmp_path / 'a.csv', 'unknown encoding', encoding='hex')
+    refused(tmp_path / 'a.csv', 'utf-16', encoding='utf-16')
+
+
+@pytest.mark.parametrize('encoding, read', [
+    ('utf-16', True), ('utf-32', True), ('utf-16-le', False), ('utf-16-be', False), ('utf-32-le', False), ('utf-32-be', False)])
+def test_utf_16_and_32(tmp_path, encoding, read):
+    (tmp_path / 'a.csv').write_bytes('text,label\nCafé,a\n'.encode(encoding))
+    (tmp_path / 'a.jsonl').write_bytes('{"text": "Café"}\n'.encode(encoding))
+    if read:
+        rows = load_rows(tmp_path / 'a.csv')
+        assert rows == [{'text': 'Café', 'label': 'a'}] and rows.report.encoding == encoding
+        assert load_rows(tmp_path / 'a.jsonl') == [{'text': 'Café'}]
+    else:
+        refused(tmp_path / 'a.csv', f'--set encoding={encoding}')
+        refused(tmp_path / 'a.jsonl', f'--set encoding={encoding}')
+    assert load_rows(tmp_path / 'a.csv', encoding) == [{'text': 'Café', 'label': 'a'}]
 
 
 @pytest.mark.parametrize('content, words', [
@@ -120,7 +134,7 @@ def test_wrong_encoding_names_byte_line_and_setting(tmp_path):
     ('text,label,text\na,b,c\n', ['same name', 'text']),
     ('text,label\n"never closed,a\nb,c\n', ['broken CSV', 'quote']),
     ('text,label\n"a"b,c\n', ['line 2', 'broken CSV']),
-    ('text,label\n"' + 'x' * 200_000 + '",a\n', ['broken CSV', 'field larger'])])
+    ('text,label\n"' + 'x' * 10_000_001 + '",a\n', ['line 2', '10,000,006 characters', 'at most 10,000,000'])])
 def test_bad_csv(tmp_path, content, words):
     (tmp_path / 'a.csv').write_text(content)
     refused(tmp_path / 'a.csv', *words)
@@ -139,12 +153,15 @@ def test_bad_json(tmp_path, name, content, words):
 
 
 def test_other_bad_things(tmp_path):
-    for name in ('a.xlsx', 'a.csv.gz', 'noending'):
+    for name in ('a.doc', 'noending'):
         (tmp_path / name).write_bytes(b'PK')
         refused(tmp_path / name, 'this kind of file', '.jsonl')
-    (tmp_path / 'a.parquet').write_bytes(b'PAR1 no')
-    refused(tmp_path / 'a.parquet', 'no readable Parquet')
-    refused(tmp_path, 'no saved dataset')
+    for name, words in {'a.parquet': 'no readable Parquet', 'a.xlsx': 'no readable Excel', 'a.csv.gz': 'not packed with gzip', 'a.arrow': 'no readable Arrow'}.items():
+        (tmp_path / name).write_bytes(b'PAR1 no' if name == 'a.parquet' else b'no')
+        refused(tmp_path / name, words)
+    (tmp_path / 'empty').mkdir()
+    refused(tmp_path / 'empty', 'no data files', 'save_to_disk')
+    refused(tmp_path, 'several kinds', 'Parquet', 'give a pattern')
 
 
 @pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may read everything')
@@ -156,8 +173,8 @@ def test_no_permission(tmp_path):
 
 def test_failing_disk(tmp_path, monkeypatch):
     (tmp_path / 'a.csv').write_text('a,b\n1,2\n')
-    def fails(self): raise OSError(5, 'Input/output error')
-    monkeypatch.setattr(Path, 'read_bytes', fails)
+    def fails(*_, **__): raise OSError(5, 'Input/output error')
+    monkeypatch.setattr('builtins.open', fails)
     refused(tmp_path / 'a.csv', 'Input/output error')
 
 

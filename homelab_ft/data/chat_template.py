@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TOKENIZER_FILES', 'tokenizer_path', 'read_template', 'load_tokenizer', 'no_template', 'token_ids', 'find_end_of_turn',
            'end_of_turn', 'special_tokens', 'end_of_call', 'end_of_turn_ids', 'find_turn', 'without_empty_block',
-           'earlier_turns', 'Encoded', 'encode_turns', 'encode', 'reasoning_notes', 'prompt_ids', 'show_loss_mask',
-           'TemplateReport', 'system_role', 'writes_reasoning', 'writes_tools', 'check_template']
+           'earlier_turns', 'Encoded', 'encode_turns', 'turn_hint', 'encode', 'reasoning_notes', 'prompt_ids',
+           'answer_text', 'show_loss_mask', 'TemplateReport', 'system_role', 'writes_reasoning', 'writes_tools',
+           'check_template']
 
 # %% ../../nbs/data/06_chat_template.ipynb #3603d651
 import os, re, textwrap
@@ -227,6 +228,14 @@ def encode_turns(
     return encoded
 
 # %% ../../nbs/data/06_chat_template.ipynb #577d2dba
+def turn_hint(
+    messages: list,  # a conversation whose last turn the template begins in another way than its prompt
+) -> str:
+    "The next step."
+    thinks = any('reasoning_content' in m for m in messages[:-1])
+    if thinks: return 'set reasoning_history=drop: this template takes reasoning away once an answer follows'
+    return template_hint(messages, 'choose another model')
+
 def encode(
     messages: list,  # a conversation whose last message is the assistant's; none may contain the text of a special token
     tok,             # tokenizer with a chat template
@@ -240,18 +249,20 @@ def encode(
             next_step='drop the row',
         )
     prompt = render(messages[:-1], tok, add_generation_prompt=True)
-    text = without_empty_block(render(messages, tok), prompt, messages[-1])
+    as_rendered = render(messages, tok)
+    text = without_empty_block(as_rendered, prompt, messages[-1])
     last = find_turn(prompt, text, tok, 'tool_calls' in messages[-1])
     if last is None:
         shared = len(os.path.commonprefix([prompt, text]))
         raise ModelError(
             "the chat template does not begin the assistant's turn as its generation prompt does, or does not close it",
             value=f'{prompt[shared:]!r} against {text[shared:shared + 40]!r}',
-            next_step=template_hint(messages, 'choose another model'),
+            next_step=turn_hint(messages),
         )
     turns = earlier_turns(messages[:-1], text, tok)
     encoded = encode_turns(text[:last[1]], [*turns, last], tok)
     encoded.notes = reasoning_notes(messages, text, last[0])
+    if text != as_rendered: encoded.notes.append('no reasoning block is learned (empty_reasoning=none)')
     return encoded
 
 def reasoning_notes(
@@ -263,7 +274,6 @@ def reasoning_notes(
     notes = []
     *earlier, last = messages
     if EMPTY_BLOCK.match(text, start): notes.append('an empty reasoning block is learned')
-    elif last.get('empty_reasoning') == 'none': notes.append('no reasoning block is learned (empty_reasoning=none)')
     for message in [*earlier, last]:
         thought = message.get('reasoning_content', '').strip()
         if not thought or thought in text: continue
@@ -285,6 +295,17 @@ def prompt_ids(
     "The tokens a model continues; `encode` of the same messages with an answer begins with them."
     text = render(messages, tok, add_generation_prompt=True)
     return encode_turns(text, earlier_turns(messages, text, tok), tok).input_ids
+
+# %% ../../nbs/data/06_chat_template.ipynb #b663b2b2
+def answer_text(
+    messages: list,  # a conversation whose last message is the assistant's
+    tok,             # tokenizer with a chat template
+) -> str:
+    "The last answer as a model that has learned it generates it."
+    *prompt, answer = messages
+    if answer.keys() == {'role', 'content'}: return answer['content']
+    ids = encode(messages, tok).input_ids[len(prompt_ids(prompt, tok)):]
+    return tok.decode(ids, skip_special_tokens=True)
 
 # %% ../../nbs/data/06_chat_template.ipynb #781b768b
 def show_loss_mask(

@@ -211,7 +211,7 @@ def read_message(
     if calls: read['tool_calls'] = calls
     if thought := read_content(one_of(given, REASONING)): read['reasoning_content'] = thought
     for key in ('name', 'tool_call_id'):
-        if key in given: read[key] = str(given[key])
+        if given.get(key, '') != '': read[key] = str(given[key])
     if tools := read_tools(given.get('tools')): read['tools'] = tools
     if role != 'assistant' and (calls or thought):
         what = 'tool calls' if calls else 'reasoning'
@@ -256,10 +256,9 @@ def apply_reasoning(
     reading: Reading,    # the settings
 ):
     "Do what the settings say about reasoning."
-    last_question = max((i for i, m in enumerate(messages) if m['role'] == 'user'), default=0)
-    for i, message in enumerate(messages):
-        if message['role'] != 'assistant': continue
-        is_history = i < last_question
+    answers = [m for m in messages if m['role'] == 'assistant']
+    for message in answers:
+        is_history = message is not answers[-1]
         thought = message.get('reasoning_content')
         if thought is None:
             if reading.empty_reasoning == 'none': message['empty_reasoning'] = 'none'

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..core import DataError, Example
+from .files import BAD_ROWS
 from .formats import DatasetFormat
 from .tokenize import TokenCache, load_cache, save_cache
 from ..io import file_fingerprint, read_jsonl, write_atomic, write_json
@@ -33,6 +34,7 @@ class Prepared:
     rows: dict                      # counts: file, cleaned, tokenized, train, validation, test
     cached: bool = False            # True if it was there already
     sources: list = field(default_factory=list)     # of several: dicts with name, path, first and last row number
+    bad_rows: list = field(default_factory=list)    # rows of the files that cannot be read, with the reason
     rejected: dict = None           # preferences: train_rejected, ... -> `TokenCache` of the worse answers, row by row as in train, ...
 
     @property
@@ -59,6 +61,8 @@ def save_prepared(
     lines = [json.dumps(asdict(e), ensure_ascii=False) + '\n' for e in prepared.test_examples]
     tests = write_atomic(folder / 'test_examples.jsonl', ''.join(lines))
     write_atomic(folder / 'data_report.md', prepared.markdown())
+    aside = [json.dumps(bad, ensure_ascii=False) + '\n' for bad in prepared.bad_rows]
+    if aside: write_atomic(folder / BAD_ROWS, ''.join(aside))
     checksums = {name: cache.fingerprint for name, cache in prepared.caches.items()}
     checksums['test_examples'] = file_fingerprint(tests)
     write_json(manifest, {

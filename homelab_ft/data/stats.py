@@ -23,7 +23,7 @@ from .chat_template import check_template, load_tokenizer
 from .findings import Change, visible
 from .formats import what_is_learned
 from .prepare import Preview, Source, divide, read_preview, read_source
-from .load import error_prefix, load_rows
+from .load import error_prefix, load_test_data
 from .split import accuracy_margin
 from .views import RowView, WIDTH, mask_parts, show_controls
 
@@ -381,7 +381,7 @@ def split_figures(
             limit = config.model_copy(update=dict(overlong_rows='drop'))
             with error_prefix('test_data'):
                 test = read_source(
-                    load_rows(config.test_data, config.encoding),
+                    load_test_data(config),
                     limit,
                     opened.tok,
                     opened.source.dataset_format,

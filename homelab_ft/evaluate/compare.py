@@ -17,7 +17,7 @@ from ..core import DataError, Example, RunError
 from ..config import RunConfig
 from ..table import Table, table_html, table_markdown
 from ..io import now, read_jsonl, write_json
-from ..data.chat_template import encode, end_of_turn_ids, load_tokenizer, prompt_ids
+from ..data.chat_template import answer_text, encode, end_of_turn_ids, load_tokenizer, prompt_ids
 from ..data.mix import source_of_row
 from ..data.preference import Answers, PreferencePairs
 from ..data.tokenize import TokenCache, is_text, load_cache, select
@@ -260,7 +260,7 @@ def answer_greedily(
     progress: bool,       # show a progress bar
 ) -> list:                # texts
     "Greedy answers to the examples' prompts."
-    expected = tok([e.answer for e in examples], add_special_tokens=False).input_ids
+    expected = tok([answer_text(e.messages, tok) for e in examples], add_special_tokens=False).input_ids
     longest = max(map(len, expected))
     answers = generate_greedy(
         model,
@@ -302,7 +302,7 @@ def score_model(
         scores.correct['accuracy'] = np.equal(true, scores.classes)
     if data.to_answer:
         scores.answers = answer_greedily(model, tok, data.to_answer, config, progress)
-        expected = [e.answer for e in data.to_answer]
+        expected = [answer_text(e.messages, tok) for e in data.to_answer]
         scores.correct['exact match'] = exact_matches(expected, scores.answers)
         if data.free_text:
             scores.similarity = {'ROUGE-L': rouge_l(expected, scores.answers), 'chrF': chrf(expected, scores.answers)}

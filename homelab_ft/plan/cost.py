@@ -98,11 +98,11 @@ def estimate_data(
     "The training rows of a file, tokens estimated; raises `DataError` for what a run would refuse."
     from homelab_ft.data.clean import clean
     from homelab_ft.data.formats import detect_format, to_examples
-    from homelab_ft.data.load import load_rows
+    from homelab_ft.data.load import load_data
     from homelab_ft.data.split import apart, divide_rows, refuse_division, set_groups, take_group_column
     train = []
     for _, own in sources_of(config):
-        rows = load_rows(own.data, own.encoding, own.max_rows, own.seed)
+        rows = load_data(own)
         rows, values = take_group_column(rows, own.group_column)
         examples = set_groups(to_examples(rows, detect_format(rows, own), own.system_prompt), values)
         examples, cleaning = clean(examples, own)
