@@ -170,7 +170,7 @@ def test_gsm8k_is_left_alone():
 FAULTS = dict(      # setting -> a prompt with its fault, and the prompt as repaired
     clean_mojibake=('Itâ€™s late', 'It’s late'), clean_invisible=('la\u200bte', 'late'), clean_html=('<b>late</b>', 'late'),
     clean_scripts=('late<script>x()</script>', 'late'), clean_homoglyphs=('l\u0430te again', 'late again'),
-    clean_personal_data=('ask ann@mail.org', 'ask [email]'), clean_secrets=('use ghp_' + 'a1B2' * 9, 'use [github token]'))
+    clean_personal_data=('ask ann@mail.org', 'ask [email]'), clean_secrets=('use ghp_' + 'aB3dE6gH9' * 4, 'use [github token]'))
 
 
 @pytest.mark.parametrize('setting', FAULTS)

@@ -245,14 +245,16 @@ def show_row(
 def unify_labels(
     examples: list,      # `Example`s
     settings: CleaningSettings,    # which steps are on
-    spellings: dict,     # spelling -> the one to use
+    spellings: dict,     # normalised label -> how it is written
 ) -> tuple:              # examples and finding
     "Report or unify labels that differ in case or spaces."
     is_asked = settings.clean_labels == 'repair'
     changes, result = [], []
     for e in examples:
-        best = spellings.get(e.label)
-        if best is None: result.append(e); continue
+        best = spellings.get(normalise(e.label or ''), e.label)
+        if best == e.label:
+            result.append(e)
+            continue
         action, reason = 'changed' if is_asked else 'reported', 'the same label in another spelling'
         changes.append(Change('label_spelling', e.row, action, reason, e.label, best))
         same = replace(
@@ -308,7 +310,7 @@ def first_of_each(
 def clean(
     examples: list,                      # `Example`s
     settings: CleaningSettings = None,   # None: the defaults; a `RunConfig` has them too
-    spellings: dict = None,              # label -> spelling to use; None: the most frequent here
+    spellings: dict = None,              # normalised label -> spelling to use; None: the most frequent here
 ) -> tuple:                              # `(examples that remain, CleaningReport)`
     "Repair what can be repaired, drop what teaches nothing or the wrong thing, report both; `DataError` if nothing is left."
     settings = settings or CleaningSettings()

@@ -16,6 +16,7 @@ from pathlib import Path
 from ..config import CleaningSettings, DataSettings, RunConfig, sources_of
 from ..core import ConfigError, DataError, Example
 from .chat_template import Encoded, check_template, load_tokenizer, show_loss_mask
+from .checks import label_spellings
 from .clean import CleaningReport, clean, is_blank
 from .columns import columns_of
 from .formats import DatasetFormat, detect_format, read_examples, to_examples, truth_of
@@ -309,9 +310,8 @@ def build_prepared(
     source, test = read_source(preview.rows, config, tok, preview.dataset_format), None
     if config.test_data is not None:
         with error_prefix('test_data'):
-            spellings = {change.before: change.after for change in source.cleaning.changes('label_spelling')}
-            rows = load_test_data(config)
-            test = read_source(rows, config, tok, source.dataset_format, spellings or None)
+            rows, spellings = load_test_data(config), label_spellings(source.examples)
+            test = read_source(rows, config, tok, source.dataset_format, spellings)
     division = divide(source, test, config)
     parts, rejected = {}, {}
     for part, examples in division.parts.items():
