@@ -26,7 +26,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra='forbid', validate_assignment=True, allow_inf_nan=False, protected_namespaces=())
 
 # %% ../nbs/01_config.ipynb #db485b3e
-FILE_SETTINGS = ('system_prompt', 'encoding', 'max_rows', 'csv_delimiter', 'csv_header', 'excel_sheet', 'max_bad_rows')
+FILE_SETTINGS = ('system_prompt', 'encoding', 'max_rows', 'csv_delimiter', 'csv_header', 'excel_sheet', 'max_bad_rows', 'decisions')
 
 def is_source_setting(
     name: str,           # of a setting
@@ -173,6 +173,8 @@ class DataSettings(Settings):
         description='in the split; apart: only equal questions stay on one side')
     group_column: str | None = Field(None,
         description='column whose equal values stay on one side of the split, such as a user or a document')
+    decisions: str | None = Field(None,
+        description='YAML file of the dataset browser: findings that a person accepted or rejected')
     chat_template: str | None = Field(None,
         description='Jinja file that replaces the chat template of the tokenizer')
 
@@ -341,6 +343,9 @@ def find_contradiction(
         return ConfigError('use_dora does not go with 8-bit weights', 'method=int8', 'method=lora or qlora', next_step)
     if config.objective == 'dpo' and config.method == 'full':
         return ConfigError('objective=dpo compares with the frozen base model', 'method=full', ADAPTERS, 'set method=lora')
+    if config.decisions and isinstance(config.data, list) and len(config.data) > 1:
+        step = 'data=[{path: a.csv, decisions: a.yaml}, b.csv]'
+        return ConfigError('decisions belong to one file', config.decisions, 'decisions inside of its source', step)
     if config.warmup_steps and config.lr_scheduler_type == 'constant':
         value = f'warmup_steps={config.warmup_steps}'
         next_step = 'set lr_scheduler_type=constant_with_warmup'

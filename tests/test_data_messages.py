@@ -13,7 +13,7 @@ from homelab_ft.data.messages import ABOUT, KEYS, Reading, read_message
 from homelab_ft.data.prepare import prepare
 from homelab_ft.data.render import call_style, render
 from homelab_ft.data.tokenize import tokenize_examples
-from test_data_chat_template import TEMPLATES, masked_parts, needs_shared, real, tokenizer
+from test_data_chat_template import TEMPLATES, embedded, masked_parts, needs_shared, real, tokenizer
 
 CASES = Path(__file__).resolve().parents[2] / 'shared' / 'cases' / 'data'
 HUMAN_EVAL = CASES.parents[1] / 'data' / 'instruct' / 'human_eval'
@@ -461,3 +461,29 @@ def test_human_eval_is_a_prompt_and_its_solution():
     rows = [json.loads(line) for line in content.splitlines()]
     assert what_is_learned(detect_format(rows)) == 'learns `canonical_solution` from `prompt`'
     assert len(to_examples(rows, detect_format(rows))) == 164
+
+
+# -- anything at all ----------------------------------------------------------------------------------------------------------------------------
+
+KEY = st.sampled_from([*KEYS, 'type', 'text', 'id', 'function', 'arguments', 'messages', 'parts', 'label', 'x'])
+WORD = st.sampled_from(['user', 'assistant', 'tool', 'gpt', 'human', 'function_call', 'text', 'image', '{"name": "f"}', '[[', '\n\nHuman: a\n\nAssistant: b', '', 'x'])
+ANYTHING = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-2, 9), st.just(float('nan')), WORD),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEY, inner, max_size=4)), max_leaves=12)
+ROW = st.dictionaries(st.sampled_from(['messages', 'conversations', 'prompt', 'completion', 'question', 'answer', 'choices', 'history', 'system', 'tools',
+                                       'chosen', 'rejected', 'context', 'label', 'text', 'functions', 'input', 'answers']), ANYTHING, min_size=1, max_size=5)
+
+
+@settings(max_examples=300, deadline=None)
+@given(rows=st.lists(ROW, min_size=1, max_size=3))
+def test_any_row_is_read_or_reported(rows):
+    try: found = detect_format(rows)
+    except DataError: return
+    reading = Reading(refused={})
+    examples = to_examples(rows, found, reading=reading)
+    n_judged = sum(found.kind == 'kto' for _ in rows)
+    assert len(examples) + len(reading.refused) == len(rows) or n_judged
+    for example in examples:
+        assert all(isinstance(m['content'], str) for m in example.messages)
+        try: encode(example.messages, embedded()) if example.messages[0]['role'] != 'text' else None
+        except (ModelError, DataError): pass

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRITERS', 'moved_span', 'repair_value', 'changed_texts', 'same_content', 'read_one', 'CleanedFile', 'clean_file',
-           'flat_cell', 'csv_text', 'parquet_bytes', 'jsonl_text', 'output_paths', 'save_cleaned']
+           'flat_cell', 'csv_text', 'parquet_bytes', 'jsonl_text', 'output_paths', 'check_written', 'save_cleaned']
 
 # %% ../../nbs/data/12_cleaned.ipynb #cdadd3c5
 import csv, io, json
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from ..config import RunConfig
 from ..core import ConfigError, DataError, Example
-from .formats import DatasetFormat, to_examples
-from .load import first_rows
-from .stats import OpenedFile, notes_by_row
+from .formats import DatasetFormat, read_examples
+from .load import first_rows, load_rows
+from .stats import OpenedFile, bad_rows, notes_by_row
 from ..io import write_atomic
 
 # %% ../../nbs/data/12_cleaned.ipynb #30104666
@@ -91,7 +91,7 @@ def read_one(
     config: RunConfig,   # how messages are read
 ) -> Example:            # None if a run would not use it
     "A row as an example."
-    try: examples = to_examples([row], f, config.system_prompt)
+    try: examples, _ = read_examples([row], f, config)
     except DataError: return None
     return examples[0] if examples else None
 
@@ -120,6 +120,8 @@ def clean_file(
     notes = notes_by_row(opened.source)
     rows = opened.preview.rows
     result = CleanedFile(opened.name, list(dict.fromkeys(column for row in rows for column in row)))
+    for bad in bad_rows(opened.source):
+        result.removed.append(dict(row=bad.number, reasons=[f'cannot be read: {bad.reason}'], data=bad.record()))
     for number, row in enumerate(rows, 1):
         number = getattr(row, 'number', number)
         new = cleaned.get(number)
@@ -136,6 +138,7 @@ def clean_file(
             if not fits: written = dict(row)
             (result.changed if fits else result.unwritten).append(number)
         result.rows.append(written)
+    result.removed.sort(key=lambda record: record['row'])
     return result
 
 # %% ../../nbs/data/12_cleaned.ipynb #7de8f0c3
@@ -205,6 +208,23 @@ def output_paths(
             )
     return paths
 
+def check_written(
+    path: Path,          # a CSV or TSV file that was just written
+    cleaned: CleanedFile,   # what it should hold
+):
+    "`DataError` if reading it back does not give the same rows; the file is removed."
+    expected = [{column: flat_cell(row.get(column)) for column in cleaned.columns} for row in cleaned.rows]
+    try: found = [{column: flat_cell(value) for column, value in row.items()} for row in load_rows(path)]
+    except DataError: found = []
+    if found == expected: return
+    path.unlink()
+    raise DataError(
+        'the rows cannot be told apart in this kind of file, since cells hold line breaks, quotes and separators',
+        value=path.name,
+        allowed='a file whose rows read back as they were written',
+        next_step=f'--out {path.with_suffix(".jsonl")}',
+    )
+
 def save_cleaned(
     opened: OpenedFile,  # a file
     out,                 # the new file
@@ -215,6 +235,7 @@ def save_cleaned(
     if not cleaned.rows: raise DataError('no row is left after cleaning', opened.name, next_step=f'homelab-ft data check {opened.name}')
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, WRITERS[path.suffix.lower()](cleaned))
+    if path.suffix.lower() in ('.csv', '.tsv'): check_written(path, cleaned)
     write_atomic(removed, jsonl_text(cleaned.removed))
     write_atomic(changes, jsonl_text(opened.source.cleaning.to_records()))
     return cleaned

@@ -10,14 +10,15 @@ __all__ = ['FEW', 'ADDED_LATER', 'first_example', 'person_to_ask', 'Preview', 'c
 
 # %% ../../nbs/data/09_prepare.ipynb #3f1dc7a8
 import sys, textwrap
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ..config import CleaningSettings, DataSettings, RunConfig, sources_of
 from ..core import ConfigError, DataError, Example
 from .chat_template import Encoded, check_template, load_tokenizer, show_loss_mask
 from .checks import label_spellings
-from .clean import CleaningReport, clean, is_blank
+from .clean import CleaningReport, is_blank
+from .decisions import clean_as_decided, load_decisions
 from .columns import columns_of
 from .formats import DatasetFormat, detect_format, read_examples, to_examples, truth_of
 from .files import LoadReport
@@ -182,7 +183,7 @@ def read_source(
     check_objective(config, dataset_format.kind)
     if dataset_format.kind != 'text': check_template(tok)
     read, reading = read_examples(rows, dataset_format, config)
-    examples, cleaning = clean(set_groups(read, values), config, spellings)
+    examples, cleaning = clean_as_decided(set_groups(read, values), config, spellings)
     tokenized = tokenize_examples(examples, tok, config.max_length, config.overlong_rows)
     return Source(
         dataset_format=dataset_format,
@@ -263,7 +264,7 @@ def input_fingerprint(
     tok,                 # tokenizer
 ) -> str:
     "SHA-256 of all that shapes the prepared data."
-    paths = ('model', 'data', 'test_data', 'chat_template', 'replay')     # their content counts, not their name
+    paths = ('model', 'data', 'test_data', 'chat_template', 'replay', 'decisions')     # their content counts, not their name
     sources = sources_of(config)
     if len(sources) == 1: config = sources[0][1]
     settings = config.model_dump(include={*DataSettings.model_fields, 'seed'}, exclude={*paths})
@@ -271,7 +272,9 @@ def input_fingerprint(
     settings |= config.model_dump(include={*CleaningSettings.model_fields})
     for name in (*ADDED_LATER, 'group_column', *CleaningSettings.model_fields):
         if settings[name] == RunConfig.model_fields[name].default: del settings[name]
-    if len(sources) > 1: settings['sources'] = [source.model_dump(exclude={'path'}) for source, _ in sources]
+    if len(sources) > 1: settings['sources'] = [source.model_dump(exclude={'path', 'decisions'}) for source, _ in sources]
+    decided = [[asdict(d) for d in load_decisions(own.decisions)] if own.decisions else None for _, own in sources]
+    if any(decided): settings['decisions'] = decided
     if config.replay:
         old = read_manifest(replay_folder(config.replay, config.runs_dir))
         settings['replay'] = [config.replay.share, old['checksums']]
@@ -311,7 +314,8 @@ def build_prepared(
     if config.test_data is not None:
         with error_prefix('test_data'):
             rows, spellings = load_test_data(config), label_spellings(source.examples)
-            test = read_source(rows, config, tok, source.dataset_format, spellings)
+            as_found = config.model_copy(update=dict(decisions=None))
+            test = read_source(rows, as_found, tok, source.dataset_format, spellings)
     division = divide(source, test, config)
     parts, rejected = {}, {}
     for part, examples in division.parts.items():
@@ -382,7 +386,8 @@ def build_mixed(
     if config.test_data is not None:
         with error_prefix('test_data'):
             rows, first = load_test_data(config), previews[0]
-            test = read_source(rows, first.config, tok, first.dataset_format)
+            as_found = first.config.model_copy(update=dict(decisions=None))
+            test = read_source(rows, as_found, tok, first.dataset_format)
     read = divide_sources(previews, test, tok)
     weights = [source.weight for source, _ in sources_of(config)]
     sources = [as_mixed(one, weight, test) for one, weight in zip(read, weights)]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from ..config import set_options
-from ..core import Example
+from ..core import Example, message_text
 from .chat_template import Encoded, encode, show_loss_mask
 from .formats import DatasetFormat, what_is_learned
 from .tokenize import conversations_of, encode_text
@@ -73,7 +73,7 @@ def show_example(
             text = show_loss_mask(Encoded(*encoded), tok)
         except Exception:      # no template, or one that refuses: the run will say so; here the words are enough
             *before, last = messages
-            text = '\n'.join([*(f'{m["role"]}: {m["content"]}' for m in before), f'{last["role"]}: ⟦{last["content"]}⟧'])
+            text = '\n'.join([*(f'{m["role"]}: {message_text(m)}' for m in before), f'{last["role"]}: ⟦{message_text(last)}⟧'])
         shown.append(text)
     if len(shown) > 1 and not dpo: shown[1] = example.rejected
     title = f'example   row {example.row}; the loss is taken between ⟦ and ⟧'

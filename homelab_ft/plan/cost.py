@@ -97,14 +97,15 @@ def estimate_data(
 ) -> DataSize:
     "The training rows of a file, tokens estimated; raises `DataError` for what a run would refuse."
     from homelab_ft.data.clean import clean
-    from homelab_ft.data.formats import detect_format, to_examples
+    from homelab_ft.data.formats import detect_format, read_examples
     from homelab_ft.data.load import load_data
     from homelab_ft.data.split import apart, divide_rows, refuse_division, set_groups, take_group_column
     train = []
     for _, own in sources_of(config):
         rows = load_data(own)
         rows, values = take_group_column(rows, own.group_column)
-        examples = set_groups(to_examples(rows, detect_format(rows, own), own.system_prompt), values)
+        read, _ = read_examples(rows, detect_format(rows, own), own)
+        examples = set_groups(read, values)
         examples, cleaning = clean(examples, own)
         groups = cleaning.groups if own.near_duplicates == 'together' else apart(examples)
         has_test = bool(own.test_data)
