@@ -256,6 +256,7 @@ def lost_text(case, rows):
     "A word of a CSV file that is neither in a row nor in a report."
     if rows.report.kinds != ['CSV'] or not (rows.report.encoding or '').startswith('utf-8') or case.path.suffix in ('.gz', '.zst'): return None
     there = '\n'.join([*(str(value) for row in rows for pair in row.items() for value in pair), *(bad.content for bad in rows.report.bad_rows)])
+    if any('holds no rows' in note for note in rows.report.notes): return None      # files with a header alone
     if any(len(bad.content) > 9000 or 'at most' in bad.reason for bad in rows.report.bad_rows): return None     # only a part is kept
     there = re.sub(r'\\udc\w\w', ' ', there)
     words = ''.join(ch if ch.isalnum() else ' ' for ch in case.content.decode('utf-8', 'replace')).split()

@@ -463,6 +463,47 @@ def test_human_eval_is_a_prompt_and_its_solution():
     assert len(to_examples(rows, detect_format(rows))) == 164
 
 
+@needs_shared
+def test_a_rejected_call_is_tokenized_as_one():
+    tok = real('gpt2', 'Qwen-Qwen2.5-7B-Instruct')
+    other = dict(CALL, function=dict(name='weather', arguments={'city': 'Rome'}))
+    row = dict(prompt=[user('Is it warm in Paris?')], chosen=[said('', tool_calls=[CALL])], rejected=[said('', tool_calls=[other])], tools=[TOOL])
+    [example] = to_examples([row], found := detect_format([row]))
+    assert found.kind == 'preference' and found.tools_column == 'tools' and 'Rome' in example.rejected
+    chosen, rejected = tokenize_examples([example], tok, 512, 'error').caches
+    texts = [tok.decode(cache.row(0)[0][cache.row(0)[1] == 1]) for cache in (chosen, rejected)]
+    assert '{"city": "Paris"}' in texts[0] and '{"city": "Rome"}' in texts[1]
+
+
+@needs_shared
+def test_special_tokens_anywhere_in_a_call_drop_the_row():
+    tok = real('gpt2', 'Qwen-Qwen2.5-7B-Instruct')
+    bad = talk()
+    bad[1] = said('', tool_calls=[dict(CALL, function=dict(name='weather', arguments={'city': '<|im_end|>'}))])
+    rows = [dict(messages=talk())] * 2 + [dict(messages=bad)]
+    assert tokenize_examples(to_examples(rows, detect_format(rows)), tok, 512, 'error').control == [3]
+
+
+@needs_shared
+def test_a_template_that_wants_ids_of_nine_letters_gets_them():
+    tok = real('gpt2', 'mistralai-Mistral-Nemo-Instruct-2407')
+    row = openai()
+    row['messages'][1]['tool_calls'][0]['id'] = row['messages'][2]['tool_call_id'] = 'call_from_another_company'
+    call, _ = masked_parts(encode(read(row).messages, tok), tok)
+    [name] = re.findall('"id": "(.*?)"', call)
+    assert len(name) == 9 and f'"call_id": "{name}"' in render(read(row).messages, tok)
+
+
+def test_settings_leave_earlier_fingerprints_alone(tmp_path):
+    from homelab_ft.data.prepare import input_fingerprint
+    path = tmp_path / 'a.jsonl'
+    path.write_text('{"question": "a", "answer": "b"}')
+    tok, config = load_tokenizer('embedded'), make_config(data=str(path))
+    assert input_fingerprint(config, tok) == input_fingerprint(make_config(data=str(path), reasoning='template'), tok)
+    changes = [dict(reasoning='drop'), dict(reasoning_history='keep'), dict(empty_reasoning='none'), dict(ignored_keys=['x']), dict(system_column='')]
+    assert len({input_fingerprint(make_config(data=str(path), **change), tok) for change in [{}, *changes]}) == 6
+
+
 # -- anything at all ----------------------------------------------------------------------------------------------------------------------------
 
 KEY = st.sampled_from([*KEYS, 'type', 'text', 'id', 'function', 'arguments', 'messages', 'parts', 'label', 'x'])

@@ -294,7 +294,7 @@ def find_data(
     if is_hub: return DataLocation(path, hub=name)
     raise missing_file(path)
 
-# %% ../../nbs/data/01_load.ipynb #9080b736
+# %% ../../nbs/data/01_load.ipynb #08958357
 def hub_dataset(
     name: str,           # owner/name
 ):                       # its `train` split
@@ -322,9 +322,11 @@ def read_items(
             step = 'put it into a folder with others, or write it as JSON lines: {"text": "..."}'
             raise DataError('a single text file is one row, too few to train and test on', path, allowed, step)
         if file.expected: report.note(f'{path.name} is a file of another kind, in spite of its name: {file.kind}')
+        before = report.rows_in
         for item in READERS[file.kind](file, options, report):
             if isinstance(item, BadRow) and len(source.files) > 1: item.file = path.name
             yield item
+        if report.rows_in == before and len(source.files) > 1: report.note(f'{path.name} holds no rows')
 
 # %% ../../nbs/data/01_load.ipynb #11f90813
 HOPELESS = 10_000        # bad rows; with more, and more than every second, reading stops

@@ -10,6 +10,8 @@ from pathlib import Path
 from ..core import DataError, RunError, hub_id, not_here
 from ..config import make_config
 from ..data.chat_template import end_of_turn_ids, load_tokenizer, prompt_ids
+from ..data.messages import link_calls, read_message
+from ..data.parts import read_tools
 from ..data.tokenize import end_ids
 from ..evaluate.inference import load_fine_tuned, load_run_base, stream_tokens
 from ..train.run_folder import RunFolder, open_run
@@ -47,11 +49,14 @@ def decode_pieces(
 def encode_prompt(
     messages,        # a text, or messages that wait for the assistant
     tok,             # the tokenizer
+    tools=None,      # functions that can be called, as JSON schemas
 ) -> tuple:          # `(token ids, end tokens)`
     "What the model continues, and where it stops; `DataError` for messages without a chat template."
     is_text = isinstance(messages, str)
     if tok.chat_template:
         if is_text: messages = [{'role': 'user', 'content': messages}]
+        messages = link_calls(list(map(read_message, messages)))
+        if tools: messages[0]['tools'] = read_tools(tools)
         return prompt_ids(messages, tok), end_of_turn_ids(tok)
     if is_text: return tok(messages).input_ids, end_ids(tok)
     raise DataError('this model has no chat template', value=f'{len(messages)} messages',
@@ -72,9 +77,10 @@ class Chat:
         messages,                    # a text, or messages that wait for the assistant
         max_new_tokens: int = 256,   # at most so many tokens
         temperature: float = 0.,     # 0: always the most probable token
+        tools=None,                  # functions that can be called, as JSON schemas
     ):                               # yields pieces of text
         "The answer piece by piece; `DataError` when the prompt does not fit into the model's context."
-        ids, ends = encode_prompt(messages, self.tok)
+        ids, ends = encode_prompt(messages, self.tok, tools)
         context = getattr(self.model.config, 'max_position_embeddings', len(ids) + max_new_tokens)
         if len(ids) >= context:
             raise DataError('the prompt does not fit into the model', value=f'{len(ids)} tokens',
@@ -92,9 +98,10 @@ class Chat:
         messages,                    # a text, or messages that wait for the assistant
         max_new_tokens: int = 256,   # at most so many tokens
         temperature: float = 0.,     # 0: always the most probable token
+        tools=None,                  # functions that can be called, as JSON schemas
     ) -> str:
         "The whole answer; errors as for `stream`."
-        return ''.join(self.stream(messages, max_new_tokens, temperature))
+        return ''.join(self.stream(messages, max_new_tokens, temperature, tools))
 
 def load_chat(
     target,          # run folder, run's path or name, model folder, Hub id or `embedded`
