@@ -140,13 +140,13 @@ def test_a_cell_finds_its_place_again(before, cell, after, repaired):
 def test_a_cleaned_file_reads_as_the_clean_rows(tmp_path, ending):
     "Rows in = rows kept + rows removed; reading the new file gives the examples that cleaning left, and nothing more to repair."
     tickets, _ = write_tickets(tmp_path)
-    config = make_config(data=str(tickets), max_rows=200)
+    config = make_config(data=str(tickets), max_rows=300)
     [opened] = open_data(config)
     out = tmp_path / f'clean{ending}'
     cleaned = save_cleaned(opened, out)
     removed = [json.loads(line) for line in (tmp_path / 'clean.removed.jsonl').read_text().splitlines()]
     rows = load_rows(out)
-    assert len(rows) + len(removed) == 200 and len(rows) == len(cleaned.rows) and not cleaned.unwritten
+    assert len(rows) + len(removed) == 300 and len(rows) == len(cleaned.rows) and not cleaned.unwritten
     assert all(record['reasons'] and record['data'] for record in removed)
     [again] = open_data(config.model_copy(update=dict(data=str(out), max_rows=None)))
     words = lambda examples: [(' '.join(e.prompt.split()), e.answer) for e in examples]
