@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from homelab_ft.config import CleaningSettings
 from homelab_ft.core import DataError, Example
 from homelab_ft.data.clean import clean, fix_mojibake, strip_html
 from homelab_ft.data.formats import detect_format, to_examples
@@ -162,3 +163,83 @@ def test_gsm8k_is_left_alone():
     examples = to_examples(rows, detect_format(rows))
     kept, report = clean(examples)
     assert [new.row for new, old in zip(kept, examples, strict=True) if new != old] == report.rows('zero_width') == [7389]
+
+
+# ---------------------------------------------------------------- settings
+
+FAULTS = dict(      # setting -> a prompt with its fault, and the prompt as repaired
+    clean_mojibake=('Itâ€™s late', 'It’s late'), clean_invisible=('la\u200bte', 'late'), clean_html=('<b>late</b>', 'late'),
+    clean_scripts=('late<script>x()</script>', 'late'), clean_homoglyphs=('l\u0430te again', 'late again'),
+    clean_personal_data=('ask ann@mail.org', 'ask [email]'), clean_secrets=('use ghp_' + 'aB3dE6gH9' * 4, 'use [github token]'))
+
+
+@pytest.mark.parametrize('setting', FAULTS)
+@pytest.mark.parametrize('mode', ['repair', 'report', 'off'])
+def test_every_repair_has_three_values(setting, mode):
+    dirty, fine = FAULTS[setting]
+    kept, report = clean([example(dirty, 'ok', row=1), example('Another one', 'ok', row=2)], CleaningSettings(**{setting: mode}))
+    assert kept[0].prompt == (fine if mode == 'repair' else dirty)
+    records = [r for r in report.to_records() if r['row'] == 1]
+    assert [r['action'] for r in records] == {'repair': ['changed'], 'report': ['reported'], 'off': []}[mode]
+    assert all(r['before'] != r['after'] and r['reason'] for r in records)
+
+
+DROPPED = dict(
+    clean_blank=[example('', 'a', row=1)], clean_duplicates=[example('x y', 'a', row=1), example('X y', 'a', row=9)],
+    clean_conflicts=[example('x', 'a', 'a', 1), example('x', 'b', 'b', 9)], clean_empty_answers=[example('Why?', 'N/A', row=1)],
+    clean_broken_characters=[example('caf\ufffd', 'a', row=1)], clean_gibberish=[example('no ' * 30, 'a', row=1)],
+    clean_near_conflicts=[example('Is it here?', 'a', 'a', 1), example('is it here', 'b', 'b', 9)])
+
+
+@pytest.mark.parametrize('setting', DROPPED)
+@pytest.mark.parametrize('mode', ['drop', 'report', 'off'])
+def test_every_check_has_three_values(setting, mode):
+    rest = [example('Something else entirely', 'well', row=50)]
+    off = {name: 'off' for name in DROPPED if name != setting}
+    kept, report = clean([*DROPPED[setting], *rest], CleaningSettings(**(off | {setting: mode})))
+    rows = {e.row for e in DROPPED[setting]}
+    gone = rows - {e.row for e in kept}
+    named = [r for r in report.to_records() if r['row'] in rows and r['action'] != 'grouped']
+    assert bool(gone) == (mode == 'drop') and bool(named) == (mode != 'off')
+    assert {r['row'] for r in report.removed()} == gone and report.rows_out == len(kept)
+
+
+@pytest.mark.parametrize('html_in, prompt, answer', [('prompts', 'Hi', '<p>Ho</p>'), ('answers', '<p>Hi</p>', 'Ho'), ('both', 'Hi', 'Ho')])
+def test_html_is_changed_where_it_is_asked(html_in, prompt, answer):
+    kept, report = clean([example('<p>Hi</p>', '<p>Ho</p>', row=1)], CleaningSettings(html_in=html_in))
+    assert (kept[0].prompt, kept[0].answer) == (prompt, answer)
+    assert report.rows('html_in_answers') == ([1] if html_in == 'prompts' else [])
+
+
+def test_entities_in_the_programs_of_answers():
+    code = 'def f(a, b):\n    if a &lt; b:\n        return a\n\n    return b'
+    for html_in, answer in (('prompts', code), ('both', code.replace('&lt;', '<'))):
+        assert clean([example('Compare two numbers', code, row=1)], CleaningSettings(html_in=html_in))[0][0].answer == answer
+
+
+def test_what_a_tool_returned_and_a_rejected_message():
+    messages = [dict(role='user', content='Look'), dict(role='tool', content='<p>page</p>'), dict(role='assistant', content='It says <b>page</b>.')]
+    e = Example(messages, row=1, rejected='No <i>way</i>', rejected_message=dict(role='assistant', content='No <i>way</i>', reasoning_content='hm'))
+    [same], _ = clean([e])
+    assert same == e
+    [new], _ = clean([e], CleaningSettings(html_in='answers'))
+    assert [m['content'] for m in new.messages] == ['Look', '<p>page</p>', 'It says page.'] and new.rejected == 'No way'
+    assert new.rejected_message == dict(role='assistant', content='No way', reasoning_content='hm')
+
+
+def test_no_record_holds_a_whole_secret():
+    secret = 'sk-proj-' + 'aB3dE6gH9' * 4
+    rows = [example(f'<p>My key {secret} is lost</p>', f'{secret}', row=1), example(f'<p>My key {secret} is lost</p>', f'{secret}', row=2)]
+    _, report = clean(rows)
+    assert report.rows('secret') == [1, 2] and secret[12:] not in str(report.to_records()) and secret[12:] not in str(report.examples_table())
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=['Cs']), max_size=60), min_size=1, max_size=8))
+def test_nothing_changes_that_is_not_reported(texts):
+    examples = [example(text, 'fine words', row=i) for i, text in enumerate(texts, 1)]
+    try: kept, report = clean(examples, CleaningSettings(clean_scripts='repair', clean_homoglyphs='repair', html_in='both'))
+    except DataError: return
+    changed = {r['row'] for r in report.to_records() if r['action'] == 'changed'}
+    assert {new.row for new in kept if new != examples[new.row - 1]} <= changed
+    assert {e.row for e in examples} == {e.row for e in kept} | {r['row'] for r in report.removed()}

@@ -434,3 +434,76 @@ def test_nobody_is_asked_elsewhere(monkeypatch, terminal):
     for name, is_terminal in zip(('stdin', 'stdout'), terminal):
         monkeypatch.setattr(sys, name, SimpleNamespace(isatty=lambda is_terminal=is_terminal: is_terminal, write=lambda text: None, flush=lambda: None))
     assert module.person_to_ask() is None
+
+
+# -- what keeps rows together --------------------------------------------------------------------------------------------------------------
+
+TALK = 'How do I {} the {} before {}?'
+VERBS, NOUNS, TIMES = 'clean repair open close paint sell'.split(), 'boiler pump valve fan meter'.split(), 'winter noon sunday'.split()
+
+
+def questions(n): return [TALK.format(VERBS[i % 6], NOUNS[i // 6 % 5], TIMES[i // 30]) + f' {chr(97 + i % 26) * 9}{i * 7919}' for i in range(n)]
+
+
+def test_three_system_prompts_are_no_families(tmp_path):
+    systems = ['You are a careful clerk of a large shop, and you answer every question in one polite sentence without any list.',
+               'Answer as a pirate who has sailed all the seven seas would, with many words about ships and about the weather.',
+               'Return JSON only, and never write any text outside of the object that the program on the other side will parse.']
+    rows = [dict(messages=[dict(role='system', content=systems[i % 3]), dict(role='user', content=q), dict(role='assistant', content=f'{i}.')])
+            for i, q in enumerate(questions(60))]
+    p = prepare(make_config(data=jsonl(tmp_path / 'a.jsonl', rows), max_length=2048), tok(), tmp_path / 'p')
+    assert p.rows['validation'] + p.rows['test'] == 9
+
+
+def test_a_shared_context_ties_nothing_but_a_group_column_does(tmp_path):
+    contexts = [f'{t} The {VERBS[k]} manual of {k * 7919} has many pages, and on each of them a picture of a {NOUNS[k % 5]} in winter.' for k, t in enumerate('ABCDEF')]
+    rows = [dict(question=q, context=contexts[i % 6], answer=f'It is {i}.', document=f'manual {i % 6}') for i, q in enumerate(questions(60))]
+    path = jsonl(tmp_path / 'a.jsonl', rows)
+    columns = dict(prompt_column='question', context_column='context', completion_column='answer', max_length=2048)
+    free = prepare(make_config(data=path, **columns), tok(), tmp_path / 'free')
+    tied = prepare(make_config(data=path, **columns, group_column='document', eval_fraction=0.4), tok(), tmp_path / 'tied')
+    assert free.rows['validation'] + free.rows['test'] == 9 and free.fingerprint != tied.fingerprint
+    documents = {part: {(row - 1) % 6 for row in getattr(tied, part).rows.tolist()} for part in PARTS}
+    assert all(documents.values()) and sum(map(len, documents.values())) == 6
+
+
+def test_a_group_of_the_test_file_leaves_training(tmp_path):
+    rows = [dict(prompt=q, completion=f'It is {i}.', user=f'user {i % 15}') for i, q in enumerate(questions(60))]
+    train, test = jsonl(tmp_path / 'a.jsonl', rows), jsonl(tmp_path / 'b.jsonl', [dict(prompt='Who is it?', completion='Me.', user='User 3')])
+    p = prepare(make_config(data=train, test_data=test, group_column='user', max_length=2048), tok(), tmp_path / 'p')
+    assert ['dropped: their group is in test_data', 4, ''] in p.report[0].rows
+    assert not {row for part in ('train', 'validation') for row in getattr(p, part).rows.tolist() if (row - 1) % 15 == 3}
+
+
+def test_an_unknown_group_column(tmp_path):
+    with pytest.raises(DataError, match='group_column is not in the file'):
+        prepare(make_config(data=jsonl(tmp_path / 'a.jsonl', [dict(prompt='a', completion='b')] * 20), group_column='customer'), tok(), tmp_path / 'p')
+
+
+@pytest.mark.skipif(not BANKING.exists(), reason='needs the shared cases')
+def test_repunctuated_copies_leave_training(tmp_path):
+    cases = BANKING.parents[3] / 'cases' / 'data'
+    config = make_config(data=str(cases / 'leak_train.csv'), test_data=str(cases / 'leak_test_punct.csv'))
+    p = prepare(config, tok(), tmp_path / 'p')
+    words = lambda row: re.findall('[a-z0-9]+', row['text'].lower())
+    tested = {tuple(words(row)) for row in csv.DictReader(open(config.test_data, encoding='utf-8'))}
+    train = list(csv.DictReader(open(config.data, encoding='utf-8')))
+    left = {row for part in ('train', 'validation') for row in getattr(p, part).rows.tolist()}
+    copies = {i for i, row in enumerate(train, 1) if tuple(words(row)) in tested}
+    assert len(copies) >= 300 and not copies & left
+    assert any(row[0] == 'dropped: almost the same in test_data' and row[1] >= 300 for row in p.report[0].rows)
+    assert any('an accuracy of 80 % is certain to ± 5 points' in row[0] for row in p.report[0].rows)
+
+
+def test_cleaning_settings_and_fingerprints(tmp_path):
+    data = str(small(tmp_path))
+    key = lambda **changes: module.input_fingerprint(make_config(data=data, **changes), tok())
+    assert key() == key(clean_html='repair', html_in='prompts', clean_blank='drop')
+    assert len({key(), key(clean_html='report'), key(html_in='both'), key(clean_duplicates='off'), key(group_column='label')}) == 5
+
+
+def test_one_spelling_of_labels_in_both_files(tmp_path):
+    train, test = small(tmp_path, 60, ('red', 'green')), small(tmp_path, 6, ('Red ', 'Green'), 'test.csv', 200)
+    with open(train, 'a') as f: f.write('a lone word about nothing in particular,RED\n')
+    p = prepare(make_config(data=str(train), test_data=str(test), clean_labels='repair'), tok(), tmp_path / 'p')
+    assert p.labels == ['green', 'red']

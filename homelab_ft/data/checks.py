@@ -68,14 +68,11 @@ RARE = 20      # a typing error is at most one in so many
 
 def label_spellings(
     examples: list,  # `Example`s
-) -> dict:           # spelling -> the most frequent spelling of the same label
-    "Spellings of labels that differ from another in case or spaces."
+) -> dict:           # normalised label -> its most frequent spelling
+    "How each label is to be written."
     counts = Counter(e.label for e in examples if e.label is not None)
-    best = {}
-    for same in groupby(counts, normalise).values():
-        most = max(same, key=counts.get)
-        best |= {spelling: most for spelling in same if spelling != most}
-    return best
+    groups = groupby(counts, normalise)
+    return {name: max(same, key=counts.get) for name, same in groups.items()}
 
 def one_letter_apart(
     a: str,          # a label

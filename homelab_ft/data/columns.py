@@ -139,7 +139,7 @@ class Columns:
     ):
         self.rows, self.config = rows, config
         self.names = [name for name in columns_of(rows) if name not in beside]
-        settings = [name for name in DataSettings.model_fields if name.endswith(('_column', '_columns'))]
+        settings = [name for name in DataSettings.model_fields if name.endswith(('_column', '_columns')) and name != 'group_column']
         named = {name: value for name in settings if (value := getattr(config, name))}
         for setting, value in named.items():
             for name in [value] if isinstance(value, str) else value:

@@ -16,6 +16,7 @@ from pathlib import Path
 from ..config import CleaningSettings, DataSettings, RunConfig, sources_of
 from ..core import ConfigError, DataError, Example
 from .chat_template import Encoded, check_template, load_tokenizer, show_loss_mask
+from .checks import label_spellings
 from .clean import CleaningReport, is_blank
 from .decisions import clean_as_decided, load_decisions
 from .columns import columns_of
@@ -312,10 +313,9 @@ def build_prepared(
     source, test = read_source(preview.rows, config, tok, preview.dataset_format), None
     if config.test_data is not None:
         with error_prefix('test_data'):
-            spellings = {change.before: change.after for change in source.cleaning.changes('label_spelling')}
-            rows = load_test_data(config)
+            rows, spellings = load_test_data(config), label_spellings(source.examples)
             as_found = config.model_copy(update=dict(decisions=None))
-            test = read_source(rows, as_found, tok, source.dataset_format, spellings or None)
+            test = read_source(rows, as_found, tok, source.dataset_format, spellings)
     division = divide(source, test, config)
     parts, rejected = {}, {}
     for part, examples in division.parts.items():

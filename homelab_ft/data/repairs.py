@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['entity', 'code_line', 'markdown_mark', 'BLOCK_TAGS', 'INLINE_TAGS', 'ATTRIBUTES', 'block_tag', 'inline_tag',
-           'block_tags', 'protected', 'MARKUP', 'page', 'code_word', 'script_block', 'right_to_left', 'without_spaces',
-           'INVISIBLE', 'LOOKALIKES', 'other_letter', 'mixed_word', 'fix_mojibake', 'looks_like_code',
-           'looks_like_markdown', 'outside_layout', 'unescape_entities', 'strip_html', 'is_about_code', 'strip_scripts',
-           'remove_invisible', 'latin_word', 'fix_homoglyphs']
+           'block_tags', 'protected', 'MARKUP', 'operator', 'page', 'code_word', 'script_block', 'right_to_left',
+           'without_spaces', 'INVISIBLE', 'LOOKALIKES', 'other_letter', 'mixed_word', 'fix_mojibake', 'looks_like_code',
+           'looks_like_markdown', 'outside_layout', 'unescape_entities', 'strip_html', 'unescape_code',
+           'strip_html_and_code', 'is_about_code', 'strip_scripts', 'remove_invisible', 'latin_word', 'fix_homoglyphs']
 
 # %% ../../nbs/data/03_repairs.ipynb #1e70130d
 import html, re
@@ -128,6 +128,28 @@ def strip_html(
     bare = outside_layout(block_tags, line_break, bare) if block_tag.search(bare) else bare
     bare = outside_layout(inline_tag, lambda found: '', bare)
     return text if bare == text else bare
+
+# %% ../../nbs/data/03_repairs.ipynb #0864e42a
+operator = re.compile(r'(?<=\s)(?:&(?:lt|gt|amp);)+=?(?=\s)')
+
+def unescape_code(
+    text: str,       # a program
+) -> str:            # the same text if it holds no remnants
+    "A program with its comparisons and ands as characters, if no bare one is in it."
+    if not operator.search(text) or re.search('[<>&]', entity.sub('', text)): return text
+    def unescape(found):
+        "The characters, unless a quotation is open on this line."
+        line = text[text.rfind('\n', 0, found.start()) + 1:found.start()]
+        is_quoted = line.count('"') % 2 or line.count("'") % 2
+        return found[0] if is_quoted else html.unescape(found[0])
+    return operator.sub(unescape, text)
+
+def strip_html_and_code(
+    text: str,       # any text
+) -> str:            # the same text if it holds no remnants
+    "What `strip_html` gives, and programs with their operators."
+    bare = strip_html(text)
+    return unescape_code(text) if bare == text and looks_like_code(text) else bare
 
 # %% ../../nbs/data/03_repairs.ipynb #24191862
 page = re.compile(r'```|<!doctype|<\?|<(?:html|head|script|style|svg|form|input|button|pre|code|table|math)\b', re.I)
