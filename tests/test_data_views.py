@@ -115,6 +115,14 @@ def test_stats_of_a_small_file(tmp_path):
     assert 'a run would refuse' in str(check) and '--max-length' in str(check)
 
 
+def test_languages_are_counted(tmp_path):
+    rows = [dict(prompt=f'Where is the parcel number {i * 37}, please?', completion=f'In room {i}.') for i in range(30)]
+    rows += [dict(prompt=f'Где находится посылка номер {i * 41}?', completion=f'Там {i}.') for i in range(5)]
+    [opened] = open_data(make_config(data=write(tmp_path / 'a.jsonl', rows)))
+    stats = describe_file(opened)
+    assert list(stats.languages.values())[:2] == [30, 5] and 'languages or scripts' in str(stats)
+
+
 @pytest.mark.parametrize('overlong, word', [('error', 'refuse'), ('drop', 'left out'), ('truncate', 'lose their end')])
 def test_the_check_says_what_a_run_does(tmp_path, overlong, word):
     rows = [dict(prompt=f'Question {i * 7}', completion='word ' * (200 if i < 5 else 3) + str(i)) for i in range(60)]
