@@ -279,7 +279,9 @@ def describe_commands(
     lines = ['Fine-tune a language model at home, and know whether it got better.']
     for title, names in COMMAND_GROUPS.items():
         lines += ['', title]
-        lines += [f'  {name:<12}{commands[name].description.partition(";")[0]}' for name in names]
+        for name in names:
+            first_line = commands[name].description.partition('\n')[0]
+            lines.append(f'  {name:<12}{first_line.partition(";")[0]}')
     return '\n'.join(lines)
 
 # %% ../nbs/06_cli.ipynb #773f0321

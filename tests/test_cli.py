@@ -218,13 +218,13 @@ def test_a_probe_needs_a_card(here, capfd):
 
 def test_a_full_card_is_the_persons_to_mend(monkeypatch, capsys):
     torch = pytest.importorskip('torch')
-    from homelab_ft import cli
+    from homelab_ft import cli_data
 
     def full(*_):
         "As PyTorch says it."
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB.')
 
-    monkeypatch.setattr(cli, 'read_settings', full)
+    monkeypatch.setattr(cli_data, 'read_settings', full)
     assert main(['data', '--data', 'x.csv']) == 2
     said = capsys.readouterr().err
     assert 'the GPU is out of memory' in said and 'next step' in said and '--debug' not in said
